@@ -1,0 +1,266 @@
+"""What the tokenizer is trained against: the semantic-enhanced perceptual loss (Sec. 3.3.1, Eq. 4) and a StyleGAN2
+discriminator (Sec. 6.1: "the style-based discriminator [34]"). Images are float (B, 3, H, W) in [-1, 1].
+"""
+import hashlib
+import math
+import urllib.error
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+from runtime import BadInput, load_checkpoint
+
+LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
+SEM = ("relu5_3", "logit")  # L_per^sem: semantics
+LAYERS = (*LOW, "logit")
+TABLE6 = {"low": LOW, "A": LAYERS, "B": LAYERS[1:], "C": LAYERS[2:], "D": LAYERS[3:], "sem": SEM, "E": ("logit",)}
+VGG16_SHA256 = "397923af"  # the first digits, as in torchvision's file name vgg16-397923af.pth
+
+
+# ----------------------------------------------------------------------------------------- networks that see
+
+class VGG16(nn.Module):
+    """torchvision's VGG16, giving its post-ReLU features and its logits (before the softmax)."""
+
+    ENDS = dict(zip(LOW, (4, 9, 16, 23, 30)))  # features[:ENDS[l]] ends with the ReLU l
+
+    def __init__(self):
+        super().__init__()
+        net = torchvision.models.vgg16(weights=None)
+        self.features, self.avgpool, self.classifier = net.features, net.avgpool, net.classifier
+        # torchvision's statistics are for [0, 1]; images here are in [-1, 1].
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", (2 * mean - 1).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", (2 * std).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x, layers):
+        """x (B, 3, H, W) -> {layer: features}, computing no further than the last layer asked for."""
+        out, start = {}, 0
+        h = (x - self.mean) / self.std
+        for layer, end in self.ENDS.items():
+            if not any(l in layers for l in LAYERS[LAYERS.index(layer):]):
+                break
+            h = self.features[start:end](h)  # (B, C_l, H_l, W_l)
+            start = end
+            if layer in layers:
+                out[layer] = h
+        if "logit" in layers:
+            # The whole image, not resized: 8 x 8 features of a 256 x 256 image are pooled to the classifier's 7 x 7.
+            out["logit"] = self.classifier(self.avgpool(self.features[start:](h)).flatten(1))  # (B, 1000)
+        return out
+
+
+class SmallVGG(nn.Module):
+    """A VGG-shaped classifier for small pictures (train_vgg.py): five stages of two conv-BN-ReLU, pooling after the
+    first three only, so that the last stage keeps some space; its stages go by VGG16's names for the same stages."""
+
+    def __init__(self, widths, classes):
+        super().__init__()
+        self.config = dict(widths=list(widths), classes=classes)
+        self.stages, c = nn.ModuleList(), 3
+        for width in widths:
+            convs = [layer for c_in in (c, width) for layer in
+                     (nn.Conv2d(c_in, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())]
+            self.stages.append(nn.Sequential(*convs))
+            c = width
+        self.classifier = nn.Linear(c, classes)
+        # Mean square of each layer on real images, set by train_vgg.py: the loss divides by it (see PerceptualLoss).
+        self.register_buffer("mean_square", torch.ones(len(LAYERS)))
+
+    def forward(self, x, layers):
+        """As VGG16; `penultimate` (B, widths[-1]) can be asked for too."""
+        out, h = {}, x
+        for i, (layer, stage) in enumerate(zip(LOW, self.stages)):
+            h = stage(F.max_pool2d(h, 2) if 1 <= i <= 3 else h)
+            if layer in layers:
+                out[layer] = h
+            if not {"logit", "penultimate", *LOW[i + 1:]}.intersection(layers):
+                return out
+        out["penultimate"] = h.mean((2, 3))
+        out["logit"] = self.classifier(out["penultimate"])
+        return {layer: out[layer] for layer in layers}
+
+
+def load_vgg(spec):
+    """The frozen network that --vgg names: "imagenet" (downloaded by torchvision, hash checked), a local copy of that
+    file, or a checkpoint of train_vgg.py. Weights are loaded strictly; there is no fall-back."""
+    if spec == "imagenet":
+        try:
+            state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        except (OSError, RuntimeError, urllib.error.URLError) as error:
+            url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+            raise BadInput(f"the VGG16 weights could not be downloaded ({error}): fetch {url} on another machine "
+                           f"and name the copy with --vgg FILE") from None
+    elif not Path(spec).is_file():
+        raise BadInput(f"--vgg {spec}: no such file; give `imagenet`, a copy of vgg16-{VGG16_SHA256}.pth, or the "
+                       f"ckpt.pt of train_vgg.py")
+    else:
+        try:
+            state = torch.load(spec, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise BadInput(f"--vgg {spec} is damaged or holds no weights ({type(error).__name__})") from None
+    if isinstance(state, dict) and "kind" in state:
+        state = load_checkpoint(spec, "vgg")
+        net = SmallVGG(**state["config"])
+        net.load_state_dict(state["model"])
+        net.labels = state["labels"]
+    else:
+        net = VGG16()
+        try:
+            net.load_state_dict(state)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise BadInput(f"--vgg {spec} does not have the layout of torchvision's VGG16 "
+                           f"({str(error).splitlines()[0]})") from None
+        if spec != "imagenet" and not hashlib.sha256(Path(spec).read_bytes()).hexdigest().startswith(VGG16_SHA256):
+            print(f"note: {spec} has VGG16's layout, but is not torchvision's vgg16-{VGG16_SHA256}.pth", flush=True)
+    return net.requires_grad_(False).eval()
+
+
+class PerceptualLoss(nn.Module):
+    """Eq. 4: L_per^alpha = alpha L_per^sem + (1 - alpha) L_per^low, each a sum over layers of the mean squared
+    difference of features. alpha in [0, 1]; `layers` (Table 6) overrides it: those layers, each with weight 1.
+
+    Paper: "perceptual loss [65]" is LPIPS, but the formula in 3.3.1 is plain VGG features, and LPIPS has no weights
+    for logits: we follow the formula. The ImageNet VGG16 is used raw. The layers of a train_vgg.py network are divided
+    by their mean square on real images: its raw logits would outweigh all else thirty times."""
+
+    def __init__(self, net, alpha=1.0, layers=None):
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha {alpha} is outside [0, 1]")
+        self.net = net.requires_grad_(False).eval()
+        weights = {l: alpha * (l in SEM) + (1 - alpha) * (l in LOW) for l in LAYERS}
+        if layers:
+            weights = {l: float(l in layers) for l in LAYERS}
+        self.weights = {l: w for l, w in weights.items() if w}  # no work for layers that weigh nothing
+        scale = net.mean_square.tolist() if isinstance(net, SmallVGG) else [1.0] * len(LAYERS)
+        self.scale = dict(zip(LAYERS, scale))
+
+    def train(self, mode=True):
+        return super().train(False)  # VGG's dropout must stay off, whoever calls train()
+
+    def forward(self, x_hat, x):
+        """Reconstructions and inputs -> the loss, and its share of each layer (unweighted, detached)."""
+        with torch.no_grad():
+            target = self.net(x, self.weights)
+        features = self.net(x_hat, self.weights)
+        terms = {l: F.mse_loss(features[l].float(), target[l].float()) / self.scale[l] for l in self.weights}
+        return sum(self.weights[l] * term for l, term in terms.items()), {l: t.detach() for l, t in terms.items()}
+
+
+# ------------------------------------------------------------------------------------------ discriminator
+
+class EqualConv(nn.Module):
+    """Convolution with equalised learning rate: weights N(0, 1), scaled by 1/sqrt(fan-in) when used."""
+
+    def __init__(self, c_in, c_out, side, stride=1, padding=0, bias=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(c_out, c_in, side, side))
+        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
+        self.scale, self.stride, self.padding = 1 / math.sqrt(c_in * side * side), stride, padding
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding)
+
+
+class EqualLinear(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(c_out, c_in)), nn.Parameter(torch.zeros(c_out))
+        self.scale = 1 / math.sqrt(c_in)
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.scale, self.bias)
+
+
+def lrelu(x):
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)  # the gain keeps the variance
+
+
+class Blur(nn.Module):
+    """[1, 3, 3, 1] in both directions, normalised, by an ordinary depthwise convolution."""
+
+    def __init__(self, channels, padding, stride=1):
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", (row[:, None] * row).expand(channels, 1, 4, 4).contiguous(), persistent=False)
+        self.padding, self.stride = padding, stride
+
+    def forward(self, x):
+        return F.conv2d(x, self.kernel.to(x.dtype), stride=self.stride, padding=self.padding, groups=x.shape[1])
+
+
+class DiscriminatorBlock(nn.Module):
+    """Halves the image: conv 3x3; blur, conv 3x3 with stride 2; a skip with blur and 1x1; their sum / sqrt 2."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.conv1 = EqualConv(c_in, c_in, 3, padding=1)
+        self.blur, self.conv2 = Blur(c_in, padding=2), EqualConv(c_in, c_out, 3, stride=2)
+        # The skip's stride is taken in the blur already: the 1x1 would throw the other positions away.
+        self.skip = nn.Sequential(Blur(c_in, padding=1, stride=2), EqualConv(c_in, c_out, 1, bias=False))
+
+    def forward(self, x):
+        h = lrelu(self.conv2(self.blur(lrelu(self.conv1(x)))))
+        return (h + self.skip(x)) / math.sqrt(2)
+
+
+def minibatch_stddev(x, group=4):
+    """Append one channel: the standard deviation over groups of `group` consecutive images, averaged over all else.
+
+    Any batch size: the last group may be smaller. Consecutive images, so that processes whose share is a multiple of
+    4 compute what a single process would. (B, C, H, W) -> (B, C + 1, H, W)"""
+    parts = []
+    for y in x.float().split(group):
+        std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean()
+        parts.append(std.to(x.dtype).expand(len(y), 1, *x.shape[2:]))
+    return torch.cat([x, torch.cat(parts)], 1)
+
+
+class Discriminator(nn.Module):
+    """StyleGAN2's residual discriminator: images (B, 3, S, S) in [-1, 1] -> logits (B,), high for real.
+
+    channels: at full resolution, and at most; they double as the resolution halves. The defaults at 256 x 256 are
+    StyleGAN2's with channel multiplier 2: 128, 256, 512, 512, ..., 28.9M parameters."""
+
+    def __init__(self, image_size=256, channels=(128, 512)):
+        super().__init__()
+        c, most = channels
+        self.stem = EqualConv(3, c, 1)
+        self.blocks, size = nn.ModuleList(), image_size
+        while size >= 8:
+            self.blocks.append(DiscriminatorBlock(c, min(2 * c, most)))
+            c, size = min(2 * c, most), size // 2
+        self.conv = EqualConv(c + 1, c, 3, padding=1)
+        self.linear, self.logit = EqualLinear(c * size * size, c), EqualLinear(c, 1)
+
+    def forward(self, x):
+        h = lrelu(self.stem(x))
+        for block in self.blocks:
+            h = block(h)  # (B, C, S / 2^i, S / 2^i)
+        h = lrelu(self.conv(minibatch_stddev(h)))
+        h = lrelu(self.linear(h.flatten(1)))
+        return self.logit(h).squeeze(1).float()
+
+
+def generator_loss(fake_logits):
+    """Non-saturating: -log sigmoid(D(x_hat))."""
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits, fake_logits):
+    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+
+
+def r1_penalty(real_logits, real):
+    """Mean squared norm of dD(x)/dx over the batch; `real` must require grad. Weighted by 10 / 2 in StyleGAN2."""
+    grad, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    return grad.square().sum((1, 2, 3)).mean()
+
+
+def ramp(step, start, length):
+    """Share of the adversarial weight in force: 0 until `start`, then linearly up to 1 over `length` steps."""
+    return min(max((step - start) / length, 0.0), 1.0) if length else float(step >= start)

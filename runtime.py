@@ -1,0 +1,404 @@
+"""What every script needs and no model should know: processes, flags, run folders, checkpoints, signals.
+
+Parallelism comes from outside the models. A script calls `device = runtime.setup(args.device)` once; under
+torchrun that starts the process group, under plain python it does nothing of the kind, and from then on the
+same lines work for one process and for many. Gradients are averaged by hand after the backward pass
+(`average_gradients`): two networks trained in turn, gradient accumulation and the double backward of R1 need no
+special case then.
+"""
+import argparse
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class BadInput(ValueError):
+    """Something a person can mend. Its text is one sentence: what, where, what to do."""
+
+
+def run(main):
+    """Call `main()`; a BadInput becomes one line on stderr and exit code 2, never a traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        # Under torchrun the other processes may sit in a collective; do not wait for them, torchrun ends them.
+        os._exit(2) if world() > 1 else sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations (a misspelt flag must not be swallowed) and with one-sentence errors."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the flags)")
+
+
+def bounded(kind, low, high=float("inf"), *, above=False):
+    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `above`."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        if not (low < value if above else low <= value) or not value <= high:
+            bounds = f"above {low}" if above else f"at least {low}"
+            raise argparse.ArgumentTypeError(f"{text} is outside its range ({bounds}"
+                                             + (")" if high == float("inf") else f", at most {high})"))
+        return value
+    return parse
+
+
+count, positive = bounded(int, 0), bounded(int, 1)
+fraction, weight, rate = bounded(float, 0, 1), bounded(float, 0), bounded(float, 0, above=True)
+
+
+def add_training_flags(parser, *, out, iters, batch_size, lr, data_default="shapes"):
+    """The flags that all scripts that train share (None: the script fills in its own default)."""
+    add = parser.add_argument
+    add("--data", default=data_default, help="shapes, a folder of class folders, a flat folder, or lsun:PATH")
+    add("--val", default="", help="the same for validation; shapes has held-out pictures of its own")
+    add("--out", default=out, help="run folder; one that holds a checkpoint is refused unless --resume")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out if there is one, else start")
+    add("--iters", type=positive, default=iters, help="training steps")
+    add("--batch_size", type=positive, default=batch_size, help="global batch, over all processes and micro-batches")
+    add("--accum", type=positive, default=1, help="micro-batches per step")
+    add("--lr", type=rate, default=lr, help="learning rate")
+    add("--seed", type=count, default=0, help="everything random follows from it")
+    add("--workers", type=count, default=8, help="data loading processes per training process")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None, help="torch.compile (default: on a GPU)")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
+    add("--log_every", type=positive, default=50, help="steps between two progress lines")
+    add("--eval_every", type=positive, default=5000, help="steps between two validations")
+    add("--save_every", type=positive, default=5000, help="steps between two checkpoints")
+    add("--tensorboard", action="store_true", help="write to TensorBoard as well (needs the package)")
+
+
+def micro_batch(args):
+    """Images per process and micro-batch, or BadInput if the global batch does not divide."""
+    size, rest = divmod(args.batch_size, world() * args.accum)
+    if rest:
+        raise BadInput(f"--batch_size {args.batch_size} is not divisible by {world()} process(es) times "
+                       f"--accum {args.accum}: choose a multiple of {world() * args.accum}")
+    return size
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+def setup(device="auto"):
+    """Start the process group if torchrun did the launching, and choose this process's torch.device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not available[device]:
+        raise BadInput(f"--device {device}: this machine has none; use --device auto")
+    if "RANK" in os.environ and not dist.is_initialized():
+        # Two backends in one group: tensors on the GPU travel by nccl, flags and counts on the host by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"process {local} of this machine has no GPU of its own: "
+                           f"use --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cudnn.benchmark = True
+        return torch.device("cuda", local)
+    return torch.device(device)
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if world() > 1:
+        dist.barrier()
+
+
+def sum_over_processes(tensor):
+    """Sum of `tensor` over all processes (in place; no gradient)."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return sum_over_processes(tensor.clone()) / world()
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Every process computes the same scalar from the mean, so every `grad` is the same, and the 1/world of the
+        # mean is the one that `average_gradients` applies afterwards: nothing is left to do, or to communicate.
+        return grad
+
+
+def mean_over_processes(tensor):
+    """Mean of `tensor` over all processes, with the gradient that is right under `average_gradients`."""
+    return _Mean.apply(tensor) if world() > 1 else tensor
+
+
+def gather_rows(tensor):
+    """Concatenate the rows of all processes in order of rank (equal shapes; no gradient)."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def average_gradients(params):
+    """Replace each .grad by its mean over all processes: one flat all-reduce."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if world() > 1 and grads:
+        flat = sum_over_processes(torch.cat([g.reshape(-1) for g in grads])) / world()
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(mean.view_as(grad))
+
+
+# ------------------------------------------------------------------------------------ numbers and steps
+
+def autocast(device, dtype):
+    """bf16 autocast, or nothing for fp32. `dtype` is the flag: auto means bf16 on a GPU."""
+    if dtype == "bf16" or (dtype == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def cosine(step, iters, start, end):
+    """Cosine decay from `start` at step 0 to `end` at step `iters`."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / iters))
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def seed_step(seed, step):
+    """Make the torch random numbers of a step a function of (seed, step, process): a resumed run needs no saved
+    generator, and two processes do not drop the same units."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
+
+
+class Guard:
+    """Takes optimizer steps, skips those with a non-finite gradient, and stops after twenty skipped in a row.
+
+    The decision stays on the device: the fused Adam kernels leave weights and moments alone where `found_inf` is 1.
+    Only `check`, called at log steps, waits for the device."""
+
+    PATIENCE = 20
+
+    def __init__(self, device):
+        self.skipped, self.streak, self.worst = (torch.zeros((), device=device) for _ in range(3))
+
+    def step(self, optimizer):
+        """Average the gradients, step if they are all finite, clear them. Returns the gradient's norm."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        average_gradients(params)  # NaN anywhere is NaN everywhere: all processes decide alike
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        bad = (~norm.isfinite()).float()
+        optimizer.found_inf = bad
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped += bad
+        self.streak = (self.streak + bad) * bad
+        self.worst = torch.maximum(self.worst, self.streak)
+        return norm
+
+    def check(self):
+        """Number of skipped steps so far, and whether twenty came in a row (waits for the device)."""
+        return int(self.skipped), int(self.worst) >= self.PATIENCE
+
+
+# ------------------------------------------------------------------------------ checkpoints, run folders
+
+FREE = {"out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every", "save_every",
+        "tensorboard"}  # flags that may change from one start of a run to the next
+
+
+def save_file(path, write):
+    """Call write(file) on a temporary name, sync, rename: `path` is the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise BadInput(f"could not write {path} ({error}): free the disk or mend the permissions and start again "
+                       f"with --resume; {'the previous file is intact' if path.exists() else 'nothing was there before'}"
+                       ) from error
+
+
+def load_checkpoint(path, kind):
+    """Read a checkpoint of `kind` ("tokenizer", "prior", "vgg") on the CPU as a plain dict; BadInput if it is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; expected a {kind} checkpoint (a run writes ckpt.pt)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (Exception, zipfile.BadZipFile) as error:  # a damaged file can raise nearly anything
+        raise BadInput(f"{path} is damaged or not a checkpoint of this project "
+                       f"({type(error).__name__}): give a file that a run of this project wrote") from error
+    found = state.get("kind") if isinstance(state, dict) else None
+    if found != kind:
+        raise BadInput(f"{path} holds {f'a {found} checkpoint' if found else 'something else'}, "
+                       f"but a {kind} checkpoint is needed here")
+    return state
+
+
+class Run:
+    """A run folder: ckpt.pt, metrics.jsonl, samples/. Refuses to overwrite, resumes, logs, notices signals.
+
+    Use:  run = Run(args, "tokenizer"); state = run.resume()  # None, or the checkpoint as a dict
+          for step in range(start, iters): ...; run.log(...); run.stopping() -> save and leave
+    """
+
+    def __init__(self, args, kind):
+        self.args, self.kind, self.out = args, kind, Path(args.out)
+        self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
+        if self.ckpt.exists() and not args.resume:
+            raise BadInput(f"{self.out} already holds a run: go on with --resume, or choose another --out")
+        try:
+            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            if is_main():
+                self.lock = open(self.out / "lock", "w")  # noqa: SIM115 (held as long as the run lives)
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{self.out} is in use by another run: choose another --out") from None
+        except OSError as error:
+            raise BadInput(f"--out {self.out} can't be written ({error.strerror})") from None
+        self.board = None
+        if args.tensorboard and is_main():
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise BadInput("--tensorboard needs the package: pip install tensorboard") from None
+            self.board = SummaryWriter(self.out)
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        self.clock = self.began = None
+
+    def _on_signal(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+
+    def resume(self):
+        """The checkpoint to go on from (after a check that the flags still match), or None to start."""
+        if not self.ckpt.exists():
+            if is_main():
+                self.metrics.unlink(missing_ok=True)  # of a run that died before its first checkpoint
+            return None
+        state = load_checkpoint(self.ckpt, self.kind)
+        for name, value in vars(self.args).items():
+            if name not in FREE and state["args"].get(name) != value:
+                raise BadInput(f"{self.ckpt} was made with --{name} {state['args'].get(name)}, not {value}: "
+                               f"give the same flags to go on, or another --out to start afresh")
+        if is_main() and self.metrics.exists():  # forget what was logged after the checkpoint
+            lines = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]]
+            save_file(self.metrics, lambda file: file.write("".join(lines).encode()))
+        return state
+
+    def save(self, step, **state):
+        """Write ckpt.pt: plain tensors, numbers and strings, readable with weights_only=True."""
+        if is_main():
+            state = {"kind": self.kind, "args": vars(self.args), "step": step, "torch": str(torch.__version__), **state}
+            save_file(self.ckpt, lambda file: torch.save(state, file))
+        barrier()
+
+    def log(self, step, split, **values):
+        """One line of metrics.jsonl (and TensorBoard). Tensors become numbers here: the only wait for the device."""
+        values = {name: float(f"{float(value):.6g}") for name, value in values.items()}
+        if is_main():
+            try:
+                with open(self.metrics, "a") as file:
+                    # JSON knows no NaN: a non-finite value is written as null, so that every line parses anywhere.
+                    clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
+                    file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+            except OSError as error:
+                raise BadInput(f"could not write {self.metrics} ({error.strerror}); go on later with --resume") from None
+            if self.board:
+                for name, value in values.items():
+                    self.board.add_scalar(f"{split}/{name}", value, step)
+        return values
+
+    def progress(self, step, **values):
+        """Print one line: step, values, images/s since the last line, time left."""
+        now = time.perf_counter()
+        if self.clock is None:
+            self.clock = self.began = (now, step)
+        speed = ""
+        if step > self.clock[1]:
+            steps_per_s = (step - self.clock[1]) / (now - self.clock[0])
+            left = (self.args.iters - step) * (now - self.began[0]) / (step - self.began[1])
+            speed = f" | {steps_per_s * self.args.batch_size:.1f} images/s, {duration(left)} left"
+        self.clock = (now, step)
+        if is_main():
+            text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {step}/{self.args.iters} | {text}{speed}", flush=True)
+
+    def stopping(self):
+        """True on all processes once any of them was told to stop (SIGTERM, SIGINT). Costs no wait for the GPU."""
+        if world() > 1:
+            flag = torch.tensor(self.signal)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            self.signal = int(flag)
+        return self.signal != 0
+
+
+class Progress:
+    """Lines for long work that is no training: `for batch in ...: progress(len(batch))`."""
+
+    def __init__(self, total, what, every_s=10):
+        self.total, self.what, self.every, self.done = total, what, every_s, 0
+        self.began = self.last = time.perf_counter()
+
+    def __call__(self, n):
+        self.done += n
+        now = time.perf_counter()
+        if is_main() and (now - self.last > self.every or (self.done >= self.total and now - self.began > self.every)):
+            self.last, speed = now, self.done / (now - self.began)
+            print(f"{self.what}: {self.done}/{self.total} | {speed:.1f}/s, "
+                  f"{duration((self.total - self.done) / speed)} left", flush=True)
+
+
+def duration(seconds):
+    """7265.0 -> '2:01:05'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,86 @@
+"""Shared by the tests: running the scripts as a user would, in this process (quick) or through torchrun."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script("train_tokenizer", "--iters", 3): its main() with these words as the command line."""
+    def call(name, *words):
+        module = __import__(name)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
+        try:
+            return module.main()
+        finally:  # a Run holds its lock as long as its signal handlers stand
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return call
+
+
+@pytest.fixture
+def launch():
+    """launch(["train_tokenizer.py", ...], processes=2): the real command in a process of its own; its result."""
+    def call(words, processes=0, check=True, **options):
+        start = [sys.executable]
+        if processes:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([*start, str(ROOT / words[0]), *map(str, words[1:])], capture_output=True, text=True,
+                              timeout=300, **options)
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+    return call
+
+
+@pytest.fixture(scope="session")
+def vgg(tmp_path_factory):
+    """A checkpoint of train_vgg.py's kind, untrained: the mechanics don't care what it sees."""
+    import losses
+    torch.manual_seed(1)
+    net = losses.SmallVGG([8, 8, 16, 16, 16], 10)
+    for _ in range(30):  # batch norm's statistics, so that its features are of order 1
+        net(torch.randn(8, 3, 32, 32), losses.LAYERS)
+    net.eval()
+    net.mean_square.copy_(torch.linspace(0.5, 1.0, 6))
+    path = tmp_path_factory.mktemp("vgg") / "ckpt.pt"
+    torch.save({"kind": "vgg", "args": {}, "step": 0, "model": net.state_dict(), "config": net.config,
+                "labels": {"classes": [str(i) for i in range(10)], "fine": 1}}, path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of two classes with pictures of many modes, sizes and formats, all decodable."""
+    rng = np.random.default_rng(0)
+
+    def noise(w, h, c=3):
+        small = rng.integers(0, 256, (4, 4, c), dtype=np.uint8)
+        return np.asarray(Image.fromarray(small.squeeze()).resize((w, h), Image.Resampling.BICUBIC))
+
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    cats, dogs = tmp_path / "photos" / "cats", tmp_path / "photos" / "dogs"
+    Image.fromarray(noise(90, 60)).save(cats / "rgb.jpg", quality=95)
+    Image.fromarray(noise(64, 64, 1), "L").save(cats / "grey.png")
+    Image.fromarray(noise(70, 50, 4), "CMYK").save(cats / "cmyk.jpg")
+    Image.fromarray(noise(50, 80, 4), "RGBA").save(cats / "alpha.png")
+    Image.fromarray(noise(60, 60)).convert("P").save(dogs / "palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    Image.fromarray(noise(100, 40)).save(dogs / "turned.jpeg", exif=exif)
+    Image.fromarray((noise(48, 48, 1).astype(np.uint16) * 257)).save(dogs / "sixteen.png")
+    Image.fromarray(noise(300, 200)).save(dogs / "large.webp")
+    return tmp_path / "photos"

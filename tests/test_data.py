@@ -1,0 +1,228 @@
+"""Sources, decoding, crops, and the order of images."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import EvalImages, Folder, Shapes, TrainImages
+from runtime import BadInput
+
+
+class Args:
+    batch_size, accum, iters, workers = 8, 1, 6, 0
+
+
+CPU = torch.device("cpu")
+
+
+def stream(source, start=0, **options):
+    args = type("A", (Args,), options)
+    images = TrainImages(source, 16, "random", seed=3)
+    return [batch for batch in data.train_loader(images, args, start, CPU)]
+
+
+class Tiny(Shapes):
+    SIZES = {"train": 20, "val": 10}
+
+
+def test_shapes_are_a_function_of_index_and_size():
+    one, again = Shapes().load(7, 48), Shapes().load(7, 48)
+    assert one.size == (48, 48) and one.mode == "RGB" and np.array_equal(one, again)
+    assert not np.array_equal(one, Shapes("val").load(7, 48))
+    small = np.asarray(Shapes().load(7, 96).resize((48, 48), Image.Resampling.BOX), float)
+    assert np.abs(small - np.asarray(one, float)).mean() < 20  # the same picture at another size
+    labels = [Shapes().label(i) for i in range(20)]
+    assert labels == [*range(10)] * 2 and len(Shapes.classes) == 10
+    fine = [Shapes().fine_label(i) for i in range(300)]
+    assert [f // 6 for f in fine] == [i % 10 for i in range(300)] and len(set(fine)) == 60
+
+
+def test_fine_label_names_the_objects_colour():
+    import colorsys
+    s = Shapes()
+    for i in range(1, 40, 10):  # hearts: main colour at the middle
+        r, g, b = np.asarray(s.load(i, 64), float)[28:36, 28:36].reshape(-1, 3).mean(0) / 255
+        hue, family = colorsys.rgb_to_hsv(r, g, b)[0], s.fine_label(i) % 6
+        assert min(abs(hue - family / 6 + k) for k in (-1, 0, 1)) < 0.1
+
+
+def test_folder_reads_every_mode(photos):
+    source = Folder(photos)
+    assert len(source) == 8 and source.classes == ["cats", "dogs"]
+    assert [source.label(i) for i in range(8)] == [0] * 4 + [1] * 4
+    for i in range(8):
+        image = source.load(i)
+        assert image.mode == "RGB" and np.asarray(image).std() > 5, source.name(i)
+    by_name = {source.name(i).rsplit("/", 1)[1]: source.load(i) for i in range(8)}
+    assert by_name["turned.jpeg"].size == (40, 100)
+    grey = np.asarray(Image.open(photos / "cats" / "grey.png"))
+    assert np.array_equal(np.asarray(by_name["grey.png"])[..., 1], grey)
+    sixteen = np.asarray(Image.open(photos / "dogs" / "sixteen.png"))
+    assert np.abs(np.asarray(by_name["sixteen.png"])[..., 0].astype(int) - sixteen // 257).max() <= 1
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = np.zeros((4, 4, 4), np.uint8)
+    image[:2, :, 3] = 255  # black above, nothing below
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = np.asarray(Folder(tmp_path).load(0))
+    assert (out[:2] == 0).all() and (out[2:] == 255).all()
+
+
+def test_flat_folder_has_no_classes(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "b.png")
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.jpg")
+    source = Folder(tmp_path)
+    assert not source.classes and [source.name(i)[-5:] for i in range(2)] == ["a.jpg", "b.png"]
+
+
+def test_jpegs_are_decoded_at_reduced_size(tmp_path):
+    image = Shapes().load(3, 512)
+    image.save(tmp_path / "a.jpg", quality=95)
+    source = Folder(tmp_path)
+    assert source.load(0).size == (512, 512) and source.load(0, 100).size == (128, 128)
+    assert source.load(0, 128).size == (128, 128) and source.load(0, 129).size == (256, 256)
+    a, b = data.center(source.load(0), 64).astype(float), data.center(source.load(0, 64), 64).astype(float)
+    assert np.abs(a - b).mean() < 3
+
+
+def test_lsun_is_read_in_workers(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    env = lmdb.open(str(tmp_path / "cat"), map_size=1 << 24)
+    with env.begin(write=True) as transaction:
+        for i in range(10):
+            file = io.BytesIO()
+            Image.new("RGB", (40, 30), (25 * i, 0, 0)).save(file, "WEBP", lossless=True)
+            transaction.put(f"key{i}".encode(), file.getvalue())
+    env.close()
+    source = data.open_source(f"lsun:{tmp_path / 'cat'}")
+    assert len(source) == 10 and source.load(2).getpixel((5, 5)) == (50, 0, 0)  # open here, then in the workers
+    got = sorted(int(image[0, 0, 0]) for batch in data.eval_loader(EvalImages(source, 16), 4, 2, CPU)
+                 for image in batch[0])
+    assert got == [25 * i for i in range(10)]
+
+
+def test_batches_depend_on_seed_step_and_position_alone(monkeypatch):
+    whole = [b[0] for b in stream(Tiny())]
+    with_workers = [b[0] for b in stream(Tiny(), workers=2)]
+    later = [b[0] for b in stream(Tiny(), start=4)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, with_workers))
+    assert len(later) == 2 and all(torch.equal(a, b) for a, b in zip(whole[4:], later))
+    split = [b[0] for b in stream(Tiny(), accum=2)]
+    assert torch.equal(torch.cat(split[:2]), whole[0])
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(data.runtime, "world", lambda: 2)
+        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
+        shares.append([b[0] for b in stream(Tiny())])
+    assert all(torch.equal(torch.cat(pair), w) for *pair, w in zip(*shares, whole))
+
+
+def test_an_epoch_shows_every_image_once():
+    images = TrainImages(Tiny(), 16, "random", seed=3)
+    seen = []
+    for n in range(60):
+        images[n]
+        seen.append(int(images.order[n % 20]))
+    assert all(sorted(seen[20 * e:20 * e + 20]) == list(range(20)) for e in range(3))
+    assert seen[:20] != seen[20:40] != list(range(20))
+
+
+def test_eval_images_come_once_over_all_processes(monkeypatch):
+    indices = []
+    for rank in range(3):
+        monkeypatch.setattr(data.runtime, "world", lambda: 3)
+        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
+        indices += [i for b in data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, n=17) for i in b[2].tolist()]
+    assert sorted(indices) == list(range(17))
+
+
+def test_crops():
+    ramp = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
+    image = Image.merge("RGB", [Image.fromarray(ramp)] * 3)  # 200 wide, 100 high, value = x
+    centre = data.center(image, 100)
+    assert centre.shape == (100, 100, 3) and (centre[0, 0, 0], centre[0, -1, 0]) == (50, 149)
+    rng = np.random.default_rng(0)
+    outs = [data.augment(image, 100, "random", rng).astype(int) for _ in range(50)]
+    steps = [o[0, 60, 0] - o[0, 40, 0] for o in outs]
+    assert set(np.sign(steps)) == {-1, 1} and all(abs(abs(s) - 20) <= 1 for s in steps)  # flips, scale 1
+    assert len({o.min() for o in outs}) > 20  # places
+    zooms = [abs(o[0, 60, 0] - o[0, 40, 0]) for o in (data.augment(image, 100, "resized", rng).astype(int)
+                                                      for _ in range(100))]
+    assert 17 <= min(zooms) < 19 and 19 < max(zooms) <= 20  # side sqrt(0.75 .. 1)
+    assert np.array_equal(data.augment(image, 100, "center", rng), centre)
+
+
+def test_float_range():
+    x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4), CPU)
+    assert x[0].eq(-1).all() and x[1].eq(1).all()
+
+
+def broken_folder(tmp_path, good, bad):
+    for i in range(good):
+        Shapes().load(i, 32).save(tmp_path / f"{i:03}.jpg")
+    for i in range(bad):
+        whole = (tmp_path / "000.jpg").read_bytes()
+        (tmp_path / f"bad{i}.jpg").write_bytes([whole[:300], b"", b"text"][i % 3])
+    return Folder(tmp_path)
+
+
+def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
+    source = broken_folder(tmp_path, 120, 1)
+    bad = data.Bad(source)
+    for images, _, index in stream(source, iters=40):
+        bad(index)
+        assert images.float().std((1, 2, 3)).min() > 0  # another image stands in its place
+    out = capsys.readouterr().out
+    assert out.count("skipped") == 1 and "bad0.jpg" in out and len(bad.seen) == 1
+    index = torch.cat([b[2] for b in data.eval_loader(EvalImages(source, 16), 8, 0, CPU)])
+    assert (index < 0).sum() == 1 and source.name(-1 - int(index.min())).endswith("bad0.jpg")
+
+
+def test_too_many_unreadable_images_stop_the_run(tmp_path):
+    source = broken_folder(tmp_path, 30, 3)
+    bad = data.Bad(source)
+    with pytest.raises(BadInput, match="can't be read"):
+        for _, _, index in stream(source, iters=40):
+            bad(index)
+
+
+def test_a_folder_of_nothing_readable(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"1 of 1 images can't be read.*a\.png"):
+        data.Bad(Folder(tmp_path))(TrainImages(Folder(tmp_path), 16, "random", 0)[0][2] * torch.ones(1, dtype=int))
+
+
+def test_bad_sources_are_refused(tmp_path, photos):
+    (tmp_path / "empty").mkdir()
+    for spec, words in [(str(tmp_path / "none"), "no such folder"), (str(tmp_path / "empty"), "holds no images"),
+                        ("lsun:" + str(tmp_path), "no lmdb")]:
+        with pytest.raises(BadInput, match=words):
+            data.open_source(spec)
+    Image.new("RGB", (20, 20)).save(photos / "stray.png")
+    with pytest.raises(BadInput, match="both images"):
+        data.open_source(str(photos))
+
+
+def test_small_images_are_refused(photos):
+    data.check_size(Folder(photos), 32, photos)
+    with pytest.raises(BadInput, match="smaller than the crop"):
+        data.check_size(Folder(photos), 256, photos)
+
+
+def test_data_py_checks_and_exports(script, photos, tmp_path, capsys):
+    out = tmp_path / "export"
+    script("data", "--data", photos, "--image_size", 32, "--preview", tmp_path / "p.png", "--out", out, "--workers", 0)
+    text = capsys.readouterr().out
+    assert "8 images, 2 classes" in text and "unreadable: 0 of 8" in text
+    assert len(list((out / "cats").iterdir())) == 4 and Image.open(next((out / "dogs").iterdir())).size == (32, 32)
+    assert Image.open(tmp_path / "p.png").size[0] > 32
+    with pytest.raises(BadInput, match="not empty"):
+        script("data", "--data", photos, "--out", out)
+    (photos / "dogs" / "broken.jpg").write_bytes(b"x")
+    with pytest.raises(BadInput, match="1 of 9"):
+        script("data", "--data", photos, "--preview", tmp_path / "p.png", "--workers", 0)
+    assert "broken.jpg" in capsys.readouterr().out

@@ -1,0 +1,356 @@
+"""train_tokenizer.py and train_vgg.py through their command lines: both phases, resume, processes, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import data
+import runtime
+import train_tokenizer
+import vq
+from runtime import BadInput
+
+# Tiny, but all parts are at work: discriminator, R1, entropy term, deep and shallow layers.
+TINY = ["--image_size", 16, "--channels", 16, 16, "--z_dim", 8, "--codebook_size", 16, "--disc_channels", 8, 8,
+        "--disc_ramp", 2, "--r1_every", 2, "--iters", 6, "--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--val_n", 10,
+        "--log_every", 1, "--device", "cpu"]
+
+
+@pytest.fixture
+def train(script, vgg, tmp_path):
+    def call(*words, out="run"):
+        script("train_tokenizer", *TINY, "--vgg", vgg, "--out", tmp_path / out, *words)
+        return torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+    return call
+
+
+def lines(folder, split):
+    return [v for v in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if v["split"] == split]
+
+
+def same(a, b):
+    """Equal to the last bit, whatever is nested in what."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+WEIGHTS = ("model", "disc", "opt_g", "opt_d", "ema", "ema_state", "step")
+
+
+def test_both_phases(train, tmp_path, vgg, script):
+    one = train()
+    assert one["step"] == 6 and one["config"]["attention"] == 0
+    words = ["--phase", 2, "--init", tmp_path / "run" / "ckpt.pt", "--vgg", vgg, "--out", tmp_path / "two",
+                   "--iters", 3, "--batch_size", 8, "--workers", 0, "--val_n", 10, "--log_every", 1, "--device", "cpu",
+                   "--disc_channels", 8, 8]
+    script("train_tokenizer", *words)
+    two = torch.load(tmp_path / "two" / "ckpt.pt", weights_only=True)
+    assert two["args"]["lr"] == two["args"]["lr_end"] == 5e-5 and two["args"]["betas"] == [0.5, 0.9]
+    assert two["args"]["alpha"] == 0 and two["config"]["attention"] == 1
+    for name, value in one["model"].items():
+        moved = not torch.equal(value, two["model"][name])
+        assert moved == name.startswith("decoder."), name  # encoder and codebook bitwise as they were
+    a, b = (vq.load_tokenizer(tmp_path / run / "ckpt.pt") for run in ("run", "two"))
+    assert vq.fingerprint(a) == vq.fingerprint(b) and a.image_size == b.image_size == 16
+    assert set(lines(tmp_path / "two", "train")[0]) & {"codebook", "logit"} == {"codebook"}  # alpha 0: no logits
+    for picture in (tmp_path / "run" / "samples").iterdir():
+        assert Image.open(picture).size[0] == 8 * 18 - 2
+    # the discriminator's weights are carried over, its Adam starts afresh
+    assert two["opt_d"]["state"][0]["step"] == 3
+
+
+def test_phase_2_begins_at_phase_1s_reconstructions(train, tmp_path):
+    init = train()
+    args = type("A", (), {"init": "x"})
+    model = vq.VQModel(**{**init["config"], "attention": 1})
+    train_tokenizer.load_init(model, None, init, args)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(model.eval()(x)[0], vq.load_tokenizer(tmp_path / "run" / "ckpt.pt")(x)[0])
+
+
+def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, monkeypatch):
+    seen = []
+    step = runtime.Guard.step
+
+    def watch(self, optimizer):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((len(params), all(p.grad is not None for p in params)))
+        return step(self, optimizer)
+    monkeypatch.setattr(runtime.Guard, "step", watch)
+    state = train()
+    generators = len([k for k in state["model"] if k.startswith(("encoder", "decoder", "quantizer"))])
+    discriminators = len(state["disc"])
+    # in turn, and each with a gradient on every weight of its own
+    assert seen == [(generators, True), (discriminators, True)] * 6
+    train("--disc_start", 1000, out="off")  # an adversarial weight of 0: the discriminator trains all the same
+    off = torch.load(tmp_path / "off" / "ckpt.pt", weights_only=True)
+    assert not same(off["disc"], state["disc"]) and "adversarial" not in lines(tmp_path / "off", "train")[0]
+    none = train("--adv_weight", 0, out="none")
+    assert none["disc"] is None
+
+
+@pytest.mark.parametrize("codebook", ["none", "kmeans", "factorized"])
+def test_table_5s_codebooks_train(train, codebook):
+    state = train("--codebook", codebook)
+    assert state["config"]["codebook"] == codebook
+    for value in state["model"].values():
+        assert value.float().isfinite().all()
+
+
+def test_table_1s_and_6s_variants_train(train, tmp_path):
+    state = train("--decoder_attention", 2, "--decoder_extra_blocks", 2, "--perceptual_layers", "relu4_3", "logit",
+                  "--ema", 0.9)
+    assert state["config"]["attention"] == 2 and state["config"]["extra_blocks"] == 2
+    assert {"relu4_3", "logit"} <= set(lines(tmp_path / "run", "train")[0])
+    assert "relu1_2" not in lines(tmp_path / "run", "val")[0]
+    assert state["ema"] and not same(state["ema"], state["model"])
+    assert same(vq.load_tokenizer(tmp_path / "run" / "ckpt.pt").state_dict(), state["ema"])
+
+
+def test_a_resumed_run_is_the_undisturbed_run(train, monkeypatch):
+    whole = train("--ema", 0.9, out="whole")
+    stopping = runtime.Run.stopping
+    calls = iter([False, False, True] + [False] * 9)
+    monkeypatch.setattr(runtime.Run, "stopping", lambda self: next(calls))
+    assert train("--ema", 0.9, out="parts")["step"] == 3
+    monkeypatch.setattr(runtime.Run, "stopping", stopping)
+    parts = train("--ema", 0.9, "--resume", out="parts")
+    assert all(same(whole[k], parts[k]) for k in WEIGHTS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resumes_exactly(train, vgg, tmp_path, number):
+    whole = train("--iters", 80, "--log_every", 10, out="whole")
+    words = [sys.executable, ROOT / "train_tokenizer.py", *TINY, "--vgg", vgg, "--out", tmp_path / "cut",
+             "--iters", 80, "--log_every", 10, "--workers", 2, "--resume"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(number)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and "stopped by a signal" in rest
+    cut = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
+    assert 10 <= cut["step"] < 80
+    train("--iters", 80, "--log_every", 10, "--resume", out="cut")
+    cut = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
+    assert all(same(whole[k], cut[k]) for k in WEIGHTS)
+    a, b = lines(tmp_path / "whole", "train"), lines(tmp_path / "cut", "train")
+    assert [v["step"] for v in a] == [v["step"] for v in b] and a[-1] == b[-1]
+
+
+def test_two_processes_equal_one(launch, vgg, tmp_path):
+    # fp32 sums in another order, amplified by Adam's first steps (g / |g|): a small rate keeps the losses comparable
+    words = ["train_tokenizer.py", *TINY, "--vgg", vgg, "--iters", 4, "--lr", 1e-5, "--lr_end", 1e-5]
+    launch([*words, "--out", tmp_path / "one"])
+    launch([*words, "--out", tmp_path / "two"], processes=2)
+    a, b = lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")
+    assert len(a) == len(b) == 4
+    for x, y in zip(a, b):
+        for name in x:
+            if isinstance(x[name], float):
+                assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-6), (x["step"], name)
+    x, y = lines(tmp_path / "one", "val")[0], lines(tmp_path / "two", "val")[0]
+    assert all(x[name] == pytest.approx(y[name], rel=1e-4) for name in x if name != "split")
+
+
+def gradients(monkeypatch, call):
+    """The first step's averaged gradients, of tokenizer and discriminator."""
+    kept = []
+    average = runtime.average_gradients
+
+    def keep(params):
+        average(params)
+        kept.append([p.grad.clone() for p in params if p.grad is not None])
+    monkeypatch.setattr(runtime, "average_gradients", keep)
+    call()
+    monkeypatch.setattr(runtime, "average_gradients", average)
+    return kept[:2]
+
+
+def test_accumulation_equals_the_large_batch(train, monkeypatch):
+    # all but the entropy term, whose soft usage is a mean over one micro-batch
+    words = ["--gamma", 0, "--iters", 1]
+    large = gradients(monkeypatch, lambda: train(*words, out="large"))
+    small = gradients(monkeypatch, lambda: train(*words, "--accum", 2, out="small"))
+    for net, (x, y) in enumerate(zip(large, small)):
+        for g, h in zip(x, y):
+            assert torch.allclose(g, h, rtol=1e-4, atol=1e-6), net
+
+
+def test_gradients_of_two_processes_equal_one(tmp_path, launch, vgg):
+    # the entropy term is of the global batch: with gamma 1 its gradient leads
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, runtime, vq
+runtime.setup("cpu")
+torch.manual_seed(0)
+model = vq.VQModel((16, 16), 8, 16, gamma=1.0)
+model.quantizer.codebook.data.normal_()
+model.quantizer.sync = runtime.mean_over_processes
+x = torch.randn(8, 3, 16, 16)
+share = x.chunk(runtime.world())[runtime.rank()]
+x_hat, _, q = model(share)
+((x_hat - share).abs().mean() + q["vq"]).backward()
+runtime.average_gradients(list(model.parameters()))
+if runtime.is_main():
+    torch.save([q["H"].detach()] + [p.grad for p in model.parameters()], sys.argv[1])
+runtime.run(lambda: None)  # leaves the process group
+""")
+    launch([probe, tmp_path / "one.pt"])
+    launch([probe, tmp_path / "two.pt"], processes=2)
+    one, two = torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt")
+    for a, b in zip(one, two):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("codebook", ["kmeans", "factorized"])
+def test_codebooks_survive_processes(tmp_path, launch, codebook):
+    probe = tmp_path / "probe.py"
+    probe.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, runtime, vq
+runtime.setup("cpu")
+torch.manual_seed(0)
+q = vq.Quantizer({codebook!r}, 16, 8)
+q.sync, q.gather, q.KMEANS_EVERY = runtime.mean_over_processes, runtime.gather_rows, 2
+for step in range(6):
+    torch.manual_seed(step)
+    z = torch.randn(8, 8, 4, 4).chunk(runtime.world())[runtime.rank()]
+    q(z)
+mine = q.codebook.detach().flatten()
+every = runtime.gather_rows(mine[None])
+assert (every == every[0]).all()
+if runtime.is_main():
+    torch.save(mine, sys.argv[1])
+runtime.run(lambda: None)  # leaves the process group
+""")
+    launch([probe, tmp_path / "one.pt"])
+    launch([probe, tmp_path / "two.pt"], processes=2)
+    assert torch.allclose(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), atol=1e-5)
+
+
+def test_photographs_of_all_kinds(train, photos, tmp_path, capsys):
+    train("--data", photos, "--val", photos, "--crop", "resized")
+    assert lines(tmp_path / "run", "val")[0]["l1"] > 0
+    train("--data", photos, out="noval")
+    assert "no --val" in capsys.readouterr().out
+
+
+def test_nan_in_a_step_is_skipped_and_twenty_stop_the_run(train, tmp_path, monkeypatch):
+    real = data.to_float
+    calls = []
+
+    def poison(images, device):
+        calls.append(1)
+        return real(images, device) * (float("nan") if len(calls) in poisoned else 1)
+    monkeypatch.setattr(data, "to_float", poison)
+    poisoned = {3}
+    state = train()
+    assert lines(tmp_path / "run", "train")[-1]["skipped"] == 1
+    assert all(v.float().isfinite().all() for v in state["model"].values())
+    poisoned, calls = range(5, 99), []
+    with pytest.raises(BadInput, match="20 steps in a row.*last good state"):
+        train("--iters", 60, "--log_every", 10, out="bad")
+    state = torch.load(tmp_path / "bad" / "ckpt.pt", weights_only=True)
+    assert state["step"] == 30 and all(v.float().isfinite().all() for v in state["model"].values())
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(train, tmp_path, monkeypatch):
+    saves = []
+
+    def full(state, file):
+        saves.append(1)
+        if len(saves) > 1:
+            file.write(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(state, file)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match="previous file is intact"):
+        train("--save_every", 2)
+    assert torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)["step"] == 2
+    assert not (tmp_path / "run" / "ckpt.pt.tmp").exists()
+
+
+def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
+    train(out="used")
+    good = tmp_path / "used" / "ckpt.pt"
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:2000])
+    (tmp_path / "empty").mkdir()
+    for words, message in [
+            (["--alpha", 1.5], "outside its range"), (["--image_size", 17], "multiple of 2"),
+            (["--batch_size", 7, "--accum", 2], "not divisible"), (["--data", tmp_path / "none"], "no such folder"),
+            (["--data", tmp_path / "empty"], "holds no images"), (["--phase", 2], "needs --init"),
+            (["--data", photos, "--image_size", 256], "smaller than the crop"),
+            (["--phase", 2, "--init", good, "--z_dim", 16], "not the shape of --init"),
+            (["--phase", 2, "--init", good, "--disc_channels", 4, 8], "does not fit"),
+            (["--init", tmp_path / "cut.pt"], "damaged"), (["--init", vgg], "holds a vgg checkpoint"),
+            (["--init", tmp_path / "none.pt"], "no such file"), (["--vgg", tmp_path / "none.pt"], "no such file"),
+            (["--vgg", good], "holds a tokenizer checkpoint"), (["--channels", 20, 30], "multiple of 16"),
+            (["--codebook_size", 70000], "65536"), (["--ema", 1], "outside")]:
+        with pytest.raises(BadInput, match=message) as error:
+            train(*words, out="fresh")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "fresh").exists()  # refused before any work
+    with pytest.raises(BadInput, match="already holds a run"):
+        train(out="used")
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(launch, tmp_path):
+    done = launch(["train_tokenizer.py", "--phase", 2, "--out", tmp_path / "x"], check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train_tokenizer.py: --phase 2 needs --init")
+
+
+def test_train_vgg(script, photos, tmp_path, monkeypatch):
+    words = ["--image_size", 16, "--widths", 8, 8, 8, 8, 8, "--batch_size", 16, "--workers", 0, "--log_every", 5,
+             "--device", "cpu"]
+    monkeypatch.setattr(data.Shapes, "SIZES", {"train": 100, "val": 20})
+    script("train_vgg", *words, "--labels", "fine", "--iters", 10, "--out", tmp_path / "fine")
+    import losses
+    net = losses.load_vgg(str(tmp_path / "fine" / "ckpt.pt"))
+    assert net.config["classes"] == 60 and net.labels["fine"] == 6 and not net.training
+    assert (net.mean_square != 1).all() and net.mean_square.isfinite().all()
+    x = data.to_float(torch.stack([data.EvalImages(data.Shapes(), 16)[i][0] for i in range(100)]), torch.device("cpu"))
+    features = net(x, losses.LAYERS)
+    for i, layer in enumerate(losses.LAYERS):  # after the division a layer's mean square is 1
+        assert features[layer].square().mean().item() == pytest.approx(net.mean_square[i].item(), rel=0.2)
+    script("train_vgg", *words, "--data", photos, "--val", photos, "--iters", 5, "--out", tmp_path / "photos")
+    assert lines(tmp_path / "photos", "val")[0]["accuracy"] >= 0
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (32, 32)).save(flat / "a.png")
+    for wrong, message in [(["--data", flat], "no classes"), (["--data", photos, "--labels", "fine"], "for --data shapes"),
+                           (["--image_size", 20], "multiple of 8")]:
+        with pytest.raises(BadInput, match=message):
+            script("train_vgg", *words, *wrong, "--out", tmp_path / "x")
+
+
+def test_no_traceback_when_killed_at_once(vgg, tmp_path):
+    """Two Ctrl-C: the second ends the run at once; the folder can be used again."""
+    words = [sys.executable, ROOT / "train_tokenizer.py", *TINY, "--vgg", vgg, "--out", tmp_path / "cut",
+             "--iters", 5000, "--resume"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    os.kill(process.pid, signal.SIGINT)
+    for _ in range(20):
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    assert process.wait(60) in (0, -signal.SIGINT)
+    assert process.stderr.read() == ""

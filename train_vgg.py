@@ -1,0 +1,137 @@
+"""Train a small VGG-shaped classifier: the network that sees, for data far from ImageNet and for the miniature.
+
+    python train_vgg.py --data shapes --labels fine --out runs/vgg        # a minute or two on a CPU
+    python train_vgg.py --data /data/birds/train --val /data/birds/val --image_size 64 --out runs/vgg
+
+Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. Blur, noise and gain in training keep its
+features from hanging on the last pixel. One process: it is small.
+"""
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+
+import data
+import losses
+import runtime
+from runtime import BadInput
+
+
+def parse():
+    parser = runtime.Parser(__doc__)
+    runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3)
+    add = parser.add_argument
+    add("--image_size", type=runtime.positive, default=64, help="side of the images, a multiple of 8")
+    add("--crop", choices=data.CROPS, default="random", help="training crop (data.py)")
+    add("--widths", type=runtime.positive, nargs=5, default=[16, 32, 64, 96, 128], help="channels of the five stages")
+    add("--labels", choices=["class", "fine"], default="class", help="fine: shapes' object x colour family, 60 labels")
+    parser.set_defaults(log_every=100, eval_every=500, save_every=500)
+    return parser.parse_args()
+
+
+def perturb(x, generator):
+    """Blur half of the batch, scale the contrast, add noise: x (B, 3, S, S) in [-1, 1] -> the same shape."""
+    uniform = lambda: torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)  # noqa: E731
+    blurred = TF.gaussian_blur(x, [3, 3], [1.0, 1.0])
+    x = torch.where(uniform() < 0.5, x, blurred)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    return x * (0.8 + 0.4 * uniform()) + noise * 0.15 * uniform()
+
+
+@torch.no_grad()
+def validate(net, loader, device):
+    """Cross-entropy and accuracy on the validation set."""
+    net.eval()
+    loss = hits = n = 0
+    for images, labels, index in loader:
+        labels = labels[index >= 0].to(device)
+        logits = net(data.to_float(images[index >= 0], device), ("logit",))["logit"]
+        loss += F.cross_entropy(logits, labels, reduction="sum")
+        hits += (logits.argmax(1) == labels).sum()
+        n += len(labels)
+    net.train()
+    return {"loss": loss / n, "accuracy": hits / n}
+
+
+@torch.no_grad()
+def measure_scale(net, loader, device):
+    """Mean square of each layer on training images, which the perceptual loss divides by."""
+    net.eval()
+    squares = [[f.square().mean() for f in net(data.to_float(images, device), losses.LAYERS).values()]
+               for images, _, _ in loader]
+    net.mean_square.copy_(torch.tensor(squares).mean(0))
+    net.train()
+
+
+def main():
+    args = parse()
+    device = runtime.setup(args.device)
+    if runtime.world() > 1:
+        raise BadInput("train_vgg.py runs in one process: start it with python, not torchrun")
+    data.check_image_size(args.image_size, 8)
+    source, val = data.open_source(args.data), data.open_source(args.val or args.data, "val")
+    if not source.classes:
+        raise BadInput(f"--data {args.data} has no classes: a classifier needs a folder of class folders, or shapes")
+    fine = args.labels == "fine"
+    if fine and args.data != "shapes":
+        raise BadInput("--labels fine is for --data shapes, whose colours are known")
+    if tuple(source.classes) != tuple(val.classes):
+        raise BadInput(f"--val {args.val} has other classes than --data {args.data}")
+    data.check_size(source, args.image_size, args.data)
+    run = runtime.Run(args, "vgg")
+    classes = len(source.classes) * (len(data.COLOURS) if fine else 1)
+    torch.manual_seed(args.seed)
+    net = losses.SmallVGG(args.widths, classes).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
+    guard, start = runtime.Guard(device), 0
+    if state := run.resume():
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        net.compile()
+
+    images = data.TrainImages(source, args.image_size, args.crop, args.seed, source.fine_label if fine else None)
+    loader = data.train_loader(images, args, start, device)
+    val_images = data.EvalImages(val, args.image_size, val.fine_label if fine else None)
+    val_loader = data.eval_loader(val_images, 200, min(args.workers, 2), device)
+    bad = data.Bad(source)
+    labels = {"classes": list(source.classes), "fine": len(data.COLOURS) if fine else 1}
+
+    def save(step):
+        run.save(step, model=net.state_dict(), optimizer=optimizer.state_dict(), config=net.config, labels=labels)
+
+    batches = iter(loader)
+    run.progress(start)
+    for step in range(start, args.iters):
+        for _ in range(args.accum):
+            x, y, index = next(batches)
+            bad(index)
+            x, y = data.to_float(x, device), y.to(device, non_blocking=True)
+            generator = torch.Generator().manual_seed(args.seed * args.iters + step)
+            with runtime.autocast(device, args.dtype):
+                logits = net(perturb(x, generator), ("logit",))["logit"]
+            loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
+            (loss / args.accum).backward()
+        runtime.set_lr(optimizer, runtime.cosine(step, args.iters, args.lr, 0))
+        guard.step(optimizer)
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.iters:
+            run.progress(done, **run.log(done, "train", loss=loss.detach()))
+            if guard.check()[1]:
+                save(done)
+                raise BadInput(f"{guard.PATIENCE} steps in a row had non-finite gradients: lower --lr")
+        if done == args.iters:
+            measure_scale(net, data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device, 1024), device)
+        if done % args.eval_every == 0 or done == args.iters:
+            run.progress(done, **run.log(done, "val", **validate(net, val_loader, device)))
+        stop = run.stopping()
+        if stop or done % args.save_every == 0 or done == args.iters:
+            save(done)
+        if stop:
+            print(f"stopped by a signal; {run.ckpt} holds step {done}, go on with --resume")
+            return
+
+
+if __name__ == "__main__":
+    runtime.run(main)
