@@ -212,7 +212,8 @@ def _moon():
 
 
 def _mug():
-    handle = np.concatenate([_circle(0.5, 0, 0.45, start=-0.25, stop=0.25), _circle(0.5, 0, 0.24, start=0.25, stop=-0.25)])
+    handle = np.concatenate([_circle(0.5, 0, 0.45, start=-0.25, stop=0.25),
+                             _circle(0.5, 0, 0.24, start=0.25, stop=-0.25)])
     return [(handle, 1), ([(-0.75, -0.62), (0.55, -0.62), (0.46, 0.8), (-0.66, 0.8)], 0),
             (_circle(-0.1, -0.62, 0.65, 0.17), 2), (_circle(-0.1, -0.6, 0.52, 0.11), 3),
             ([(-0.73, 0.1), (0.5, 0.1), (0.49, 0.34), (-0.71, 0.34)], 1)]
@@ -222,13 +223,15 @@ def _umbrella():
     top = _circle(0, 0, 1, 0.9, 0.5, 1.0)
     hems = np.concatenate([_circle(x, 0, 0.2, -0.16, 0.0, 0.5, 12) for x in (0.8, 0.4, 0.0, -0.4, -0.8)])
     stick = [(-0.05, -0.2), (0.05, -0.2), (0.05, 0.7), (-0.05, 0.7)]
-    hook = np.concatenate([_circle(-0.15, 0.7, 0.2, start=0.0, stop=0.5), _circle(-0.15, 0.7, 0.1, start=0.5, stop=0.0)])
+    hook = np.concatenate([_circle(-0.15, 0.7, 0.2, start=0.0, stop=0.5),
+                           _circle(-0.15, 0.7, 0.1, start=0.5, stop=0.0)])
     return [(stick, 3), (hook, 3), (np.concatenate([top, hems]), 0),
             (np.concatenate([_circle(0, 0, 0.22, 0.9, 0.5, 1.0), [(0.2, 0.0), (-0.2, 0.0)]]), 1)]
 
 
 # name -> polygons in [-1, 1]^2 (y down), each with its tint: 0 main colour, 1 second colour, 2 pale, 3 dark
-OBJECTS = {f.__name__[1:]: f() for f in (_star, _heart, _flower, _fish, _house, _pine, _mushroom, _moon, _mug, _umbrella)}
+OBJECTS = {f.__name__[1:]: f() for f in (_star, _heart, _flower, _fish, _house, _pine, _mushroom, _moon, _mug,
+                                         _umbrella)}
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 
 
@@ -412,7 +415,7 @@ def to_float(images, device):
 
 def _in_worker(_):
     # Ctrl-C and a group-wide SIGTERM reach the workers too, but the training process has a step to finish and a file
-    # to write. So they ignore the first; on the second they leave, quietly and late (never to leave would hang an exit).
+    # to write. So the first is ignored; on the second they leave quietly and late (never would hang an exit).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
@@ -533,7 +536,7 @@ def main():
     parser = runtime.Parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, a folder of images, or lsun:PATH")
     parser.add_argument("--split", choices=["train", "val"], default="train", help="which of shapes' two sets")
-    parser.add_argument("--image_size", type=runtime.positive, default=256, help="side of the preview's images, --out's")
+    parser.add_argument("--image_size", type=runtime.positive, default=256, help="side of the processed images")
     parser.add_argument("--out", default="", help="write the processed images there as PNG, in class folders")
     parser.add_argument("--n", type=runtime.count, default=0, help="look at the first N images only (0: all)")
     parser.add_argument("--preview", default="preview.png", help="where the preview goes")

@@ -258,13 +258,13 @@ def save_file(path, write):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         with contextlib.suppress(OSError):
             temporary.unlink()
+        before = "the previous file is intact" if path.exists() else "nothing was there before"
         raise BadInput(f"could not write {path} ({error}): free the disk or mend the permissions and start again "
-                       f"with --resume; {'the previous file is intact' if path.exists() else 'nothing was there before'}"
-                       ) from error
+                       f"with --resume; {before}") from error
 
 
 def load_checkpoint(path, kind):
-    """Read a checkpoint of `kind` ("tokenizer", "prior", "vgg") on the CPU as a plain dict; BadInput if it is not one."""
+    """Read a checkpoint of `kind` ("tokenizer", "prior", "vgg") on the CPU as a plain dict, or BadInput."""
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"{path}: no such file; expected a {kind} checkpoint (a run writes ckpt.pt)")
@@ -351,7 +351,7 @@ class Run:
                     clean = {name: value if np.isfinite(value) else None for name, value in values.items()}
                     file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
             except OSError as error:
-                raise BadInput(f"could not write {self.metrics} ({error.strerror}); go on later with --resume") from None
+                raise BadInput(f"could not write {self.metrics} ({error.strerror}): mend it, then --resume") from None
             if self.board:
                 for name, value in values.items():
                     self.board.add_scalar(f"{split}/{name}", value, step)

@@ -93,7 +93,7 @@ def settle_shape(args):
             raise BadInput(f"--channels {c}: each width must be a multiple of 16 (group norm and attention heads)")
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
     if args.codebook_size > 65536:
-        raise BadInput(f"--codebook_size {args.codebook_size} does not fit the 16 bits of a stored code (65536 at most)")
+        raise BadInput(f"--codebook_size {args.codebook_size} does not fit the 16 bits of a stored code (65536)")
     return init
 
 
@@ -138,7 +138,8 @@ def validate(model, perceptual, loader, device, args, path):
     total, histogram = runtime.sum_over_processes(total), runtime.sum_over_processes(histogram)
     usage, perplexity, H = vq.usage_and_perplexity(histogram)
     model.train()
-    return dict(zip(names, (total / total[-1]).tolist())) | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
+    means = dict(zip(names, (total / total[-1]).tolist()))
+    return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
 
 
 def main():
@@ -287,8 +288,8 @@ def main():
                          **({"skipped": skipped} if skipped else {}))
             if broken or broken_d:
                 save(done)
-                raise BadInput(f"{guard_g.PATIENCE} steps in a row had non-finite gradients and were skipped; {run.ckpt} "
-                               f"holds the last good state: go on with a lower --lr or --dtype fp32")
+                raise BadInput(f"{guard_g.PATIENCE} steps in a row had non-finite gradients and were skipped; "
+                               f"{run.ckpt} holds the last good state: go on with a lower --lr or --dtype fp32")
         if done % args.eval_every == 0 or done == args.iters:
             picture = run.out / "samples" / f"{done:07}.png"
             values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture)

@@ -274,7 +274,7 @@ class VQModel(nn.Module):
             if c % 16:
                 raise ValueError(f"channels {c}: each width must be a multiple of 16 (group norm and heads)")
         self.config = dict(channels=list(channels), z_dim=z_dim, codebook_size=codebook_size, codebook=codebook,
-                           attention=attention, extra_blocks=extra_blocks, beta=beta, gamma=gamma)  # VQModel(**config) rebuilds it
+                           attention=attention, extra_blocks=extra_blocks, beta=beta, gamma=gamma)  # VQModel(**config)
         self.f = 2 ** (len(channels) - 1)
         self.encoder = Encoder(channels, z_dim)
         self.quantizer = Quantizer(codebook, codebook_size, z_dim, beta, gamma)
@@ -338,7 +338,8 @@ def main():
         print(f"quant_conv   {count(model.encoder.quant_conv):44.3f}")
         print(f"codebook     {count(model.quantizer):44.3f}   (1024 codes of 256)")
         print("\nmodel                      ours (M)  paper (M)")
-        for name, options, paper in (("phase 1 (baselineVQ)", {}, 54.5), ("phase 2 (B&D attention)", dict(attention=1), 57.9),
+        for name, options, paper in (("phase 1 (baselineVQ)", {}, 54.5),
+                                     ("phase 2 (B&D attention)", dict(attention=1), 57.9),
                                      ("+Attention x2 (Table 1)", dict(attention=2), 61.4),
                                      ("+Conv x2 (Table 1)", dict(extra_blocks=2), 70.0)):
             print(f"{name:25} {count(VQModel(**options)):9.2f} {paper:9.1f}")

@@ -334,8 +334,8 @@ def test_train_vgg(script, photos, tmp_path, monkeypatch):
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (32, 32)).save(flat / "a.png")
-    for wrong, message in [(["--data", flat], "no classes"), (["--data", photos, "--labels", "fine"], "for --data shapes"),
-                           (["--image_size", 20], "multiple of 8")]:
+    for wrong, message in [(["--data", flat], "no classes"), (["--image_size", 20], "multiple of 8"),
+                           (["--data", photos, "--labels", "fine"], "for --data shapes")]:
         with pytest.raises(BadInput, match=message):
             script("train_vgg", *words, *wrong, "--out", tmp_path / "x")
 
