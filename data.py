@@ -3,14 +3,15 @@
     python data.py --data shapes                              # check a data set, write preview.png
     python data.py --data /data/imagenet/val --image_size 256 --out val256 --n 50000   # processed copies as PNG
 
-A source has len(source), source.classes (names, empty if unlabelled), label(i), name(i) and load(i, at_least),
-which gives a PIL image in RGB. Sources: `shapes` (drawn here, nothing to download), a folder of class folders, a
-flat folder, `lsun:PATH` (an lmdb).
+A source has len(source), source.classes (names, empty if unlabelled), label(i), name(i), signature() (a hash of what
+is in it) and load(i, at_least), which gives a PIL image in RGB. Sources: `shapes` (drawn here, nothing to download), a
+folder of class folders, a flat folder, `lsun:PATH` (an lmdb).
 
 Order: sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped and flipped by
 a generator seeded with (seed, n). So a batch depends on seed, step and position alone, not on the number of
 processes or workers, and resuming is starting at another step.
 """
+import hashlib
 import io
 import os
 import signal
@@ -79,8 +80,15 @@ class Folder:
     def name(self, i):
         return str(self.root / os.fsdecode(self.files[i]))
 
+    def signature(self):
+        return _hash(self.files.tobytes(), self.labels.tobytes())
+
     def load(self, i, at_least=0):
         return decode(self.name(i), self.name(i), at_least)
+
+
+def _hash(*parts):
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _is_image(name):
@@ -92,13 +100,14 @@ class Lsun:
     does not survive the move to a worker, and leaves a pickle in the working directory; so it is read here."""
 
     classes = ()
+    opened = {}  # path -> (process, environment)
 
     def __init__(self, path):
         try:
             import lmdb  # noqa: F401 (optional package, wanted only here)
         except ImportError:
             raise BadInput("lsun:PATH needs the package: pip install lmdb") from None
-        self.path, self.env, self.pid = path, None, None
+        self.path = os.path.realpath(path)
         if not (Path(path) / "data.mdb").is_file():
             raise BadInput(f"lsun:{path}: no lmdb there (expected {path}/data.mdb)")
         with self._open().begin() as transaction:
@@ -107,19 +116,18 @@ class Lsun:
             raise BadInput(f"lsun:{path} is empty")
 
     def _open(self):
-        if self.pid != os.getpid():  # each worker opens its own: an lmdb handle must not cross a fork
+        # Opened where it is used: a handle must not cross a fork, and lmdb allows one per process and path.
+        pid, env = Lsun.opened.get(self.path, (None, None))
+        if pid != os.getpid():
             import lmdb
-            if self.env:
-                self.env.close()  # the parent's: here it only frees the path
+            if env:
+                env.close()  # the parent's: here this only frees the path
             try:
-                self.env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
+                env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
             except lmdb.Error as error:
                 raise BadInput(f"lsun:{self.path} can't be opened ({error})") from None
-            self.pid = os.getpid()
-        return self.env
-
-    def __getstate__(self):
-        return {**self.__dict__, "env": None, "pid": None}
+            Lsun.opened[self.path] = os.getpid(), env
+        return env
 
     def __len__(self):
         return len(self.keys)
@@ -129,6 +137,9 @@ class Lsun:
 
     def name(self, i):
         return f"lsun:{self.path} key {self.keys[i].decode(errors='replace')}"
+
+    def signature(self):
+        return _hash(self.keys.tobytes())
 
     def load(self, i, at_least=0):
         with self._open().begin() as transaction:
@@ -261,6 +272,9 @@ class Shapes:
     def name(self, i):
         return f"shapes {self.first + i} ({self.classes[self.label(i)]})"
 
+    def signature(self):
+        return _hash(f"shapes {self.first} {self.n}".encode())
+
     def load(self, i, at_least=0):
         return draw(self.first + i, self.label(i), at_least or 256)
 
@@ -370,8 +384,11 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.source))
-        first = index = int(self.order[j])
-        rng, bad = np.random.default_rng([self.seed, n]), -1
+        return self.view(int(self.order[j]), n)
+
+    def view(self, index, n):
+        """Image `index`, cropped and flipped by the generator of (seed, n)."""
+        first, bad, rng = index, -1, np.random.default_rng([self.seed, n])
         # `resized` cuts out a part: decode a little larger, so that the part still has `size` pixels
         at_least = self.size if self.crop != "resized" else int(np.ceil(self.size / np.sqrt(0.75)))
         while True:
@@ -422,7 +439,9 @@ def _in_worker(_):
     torch.set_num_threads(1)
 
 
-def _loader(dataset, batches, workers, pin):
+def loader(dataset, batches, workers, device):
+    """A DataLoader over given batches of indices."""
+    pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=_in_worker,
                       pin_memory=pin, prefetch_factor=4 if workers else None)
 
@@ -433,8 +452,8 @@ def train_loader(dataset, args, start, device):
     Micro-batch a of process r holds the positions [(a * world + r) * b, ... + b) of the global batch."""
     b = runtime.micro_batch(args)
     offsets = [(a * runtime.world() + runtime.rank()) * b for a in range(args.accum)]
-    return _loader(dataset, _Positions(start, args.iters, args.batch_size, offsets, b), args.workers,
-                   device.type == "cuda")
+    return loader(dataset, _Positions(start, args.iters, args.batch_size, offsets, b), args.workers,
+                  device)
 
 
 class _Positions:
@@ -458,7 +477,7 @@ def eval_loader(dataset, batch_size, workers, device, n=0):
     """The first n images (0: all), batches dealt out over the processes in turn; no image twice, none padded in."""
     n = min(n or len(dataset), len(dataset))
     batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    return _loader(dataset, batches[runtime.rank()::runtime.world()], workers, device.type == "cuda")
+    return loader(dataset, batches[runtime.rank()::runtime.world()], workers, device)
 
 
 class Bad:

@@ -39,6 +39,15 @@ def run(main):
         dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def refusing():
+    """The models know nothing of BadInput: their ValueErrors become one."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+
+
 # ---------------------------------------------------------------------------------------------- flags
 
 class Parser(argparse.ArgumentParser):
@@ -334,11 +343,11 @@ class Run:
             save_file(self.metrics, lambda file: file.write("".join(lines).encode()))
         return state
 
-    def save(self, step, **state):
-        """Write ckpt.pt: plain tensors, numbers and strings, readable with weights_only=True."""
+    def save(self, step, path=None, **state):
+        """Write ckpt.pt (or `path`): plain tensors, numbers and strings, readable with weights_only=True."""
         if is_main():
             state = {"kind": self.kind, "args": vars(self.args), "step": step, "torch": str(torch.__version__), **state}
-            save_file(self.ckpt, lambda file: torch.save(state, file))
+            save_file(path or self.ckpt, lambda file: torch.save(state, file))
         barrier()
 
     def log(self, step, split, **values):

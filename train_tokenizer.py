@@ -21,9 +21,9 @@ from runtime import BadInput
 
 # What differs between the phases; each is a flag too. Paper: phase 2's learning rate is 5e-4 in Sec. 4.1 and 5e-5 in
 # Table 9, FFHQ's iterations 500k and 300k: we take the table's, whose other numbers check out.
-PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, lr_end=5e-5, betas=[0.9, 0.99], alpha=1.0, disc_ramp=20_000,
+PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, lr_end=5e-5, betas=[0.9, 0.99], alpha=1.0,
                  decoder_attention=0),
-         2: dict(iters=200_000, batch_size=128, lr=5e-5, lr_end=5e-5, betas=[0.5, 0.9], alpha=0.0, disc_ramp=0,
+         2: dict(iters=200_000, batch_size=128, lr=5e-5, lr_end=5e-5, betas=[0.5, 0.9], alpha=0.0,
                  decoder_attention=1)}
 # The tokenizer's shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
 SHAPE = dict(channels=[128, 128, 256, 256, 512], z_dim=256, codebook="entropy", codebook_size=1024, image_size=256,
@@ -58,12 +58,14 @@ def parse():
     add("--beta", type=runtime.weight, default=0.25, help="weight of the commitment term within the VQ loss")
     add("--gamma", type=runtime.weight, default=0.01, help="weight of the entropy term within the VQ loss")
     add("--disc_start", type=runtime.count, default=0, help="step at which the adversarial weight begins to rise")
-    add("--disc_ramp", type=runtime.count, help="steps over which it rises: 20000, in phase 2: 0")
+    add("--disc_ramp", type=runtime.count, help="steps over which it rises: 20000; with --init: 0")
     add("--disc_channels", type=runtime.positive, nargs=2, default=[128, 512], help="at full resolution, at most")
     add("--r1", type=runtime.weight, default=10.0, help="weight of the R1 penalty")
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
     args = parser.parse_args()
+    if args.disc_ramp is None:  # with --init the discriminator comes warm
+        args.disc_ramp = 0 if args.init else 20_000
     for name, value in PHASE[args.phase].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -88,9 +90,6 @@ def settle_shape(args):
         elif init and getattr(args, name) != value:
             raise BadInput(f"--{name} {getattr(args, name)} is not the shape of --init {args.init}, which has {value}: "
                            f"leave the flag out")
-    for c in args.channels:
-        if c % 16:
-            raise BadInput(f"--channels {c}: each width must be a multiple of 16 (group norm and attention heads)")
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
     if args.codebook_size > 65536:
         raise BadInput(f"--codebook_size {args.codebook_size} does not fit the 16 bits of a stored code (65536)")
@@ -155,8 +154,9 @@ def main():
 
     # ---- models: the same start on every process
     torch.manual_seed(args.seed)
-    model = vq.VQModel(args.channels, args.z_dim, args.codebook_size, args.codebook, args.decoder_attention,
-                       args.decoder_extra_blocks, args.beta, args.gamma)
+    with runtime.refusing():
+        model = vq.VQModel(args.channels, args.z_dim, args.codebook_size, args.codebook, args.decoder_attention,
+                           args.decoder_extra_blocks, args.beta, args.gamma)
     disc = losses.Discriminator(args.image_size, args.disc_channels) if args.adv_weight else None
     if init:
         load_init(model, disc, init, args)

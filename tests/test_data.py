@@ -99,6 +99,7 @@ def test_lsun_is_read_in_workers(tmp_path):
             transaction.put(f"key{i}".encode(), file.getvalue())
     env.close()
     source = data.open_source(f"lsun:{tmp_path / 'cat'}")
+    assert len(data.open_source(f"lsun:{tmp_path / 'cat'}")) == 10  # the same again, as --data without --val does
     assert len(source) == 10 and source.load(2).getpixel((5, 5)) == (50, 0, 0)  # open here, then in the workers
     got = sorted(int(image[0, 0, 0]) for batch in data.eval_loader(EvalImages(source, 16), 4, 2, CPU)
                  for image in batch[0])

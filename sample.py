@@ -1,0 +1,217 @@
+"""Draw samples, and look inside a prior and a tokenizer.
+
+    python sample.py --prior runs/prior/ckpt.pt --tokenizer runs/phase2/ckpt.pt --n 64 --out samples
+    torchrun --nproc_per_node=8 sample.py --prior ... --tokenizer ... --count 50000 --out samples   # for fid.py
+    python sample.py --teacher_forced /data/imagenet/val --runs runs/a0/prior/ckpt.pt:runs/a0/ckpt.pt \\
+                     runs/a1/prior/ckpt.pt:runs/a1/ckpt.pt --n 8 --out view                     # Figs. 4, 5a, 11
+    python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
+
+Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and sampler.json. Sample i
+depends on (--seed, i) alone, not on the number of processes.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import runtime
+import vq
+from runtime import BadInput
+from transformer import Transformer
+
+
+def parse():
+    parser = runtime.Parser(__doc__)
+    add = parser.add_argument
+    add("--prior", default="", help="checkpoint of train_prior.py")
+    add("--tokenizer", default="", help="the tokenizer of the prior's codes, phase 1 or 2")
+    # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
+    add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to look at")
+    add("--out", default="samples", help="folder for the results")
+    add("--labels", type=runtime.count, nargs="+", help="classes to draw, in turn; default: all, in turn")
+    add("--png", action="store_true", help="write every sample as a PNG as well")
+    add("--batch_size", type=runtime.positive, default=64, help="samples drawn at once by a process")
+    add("--seed", type=runtime.count, default=0, help="another seed, other samples")
+    add("--top_p", type=runtime.bounded(float, 0, 1, above=True), help="AR; default 0.92 (Table 10, ImageNet)")
+    add("--top_k", type=runtime.count, default=0, help="AR: keep the k most probable codes; 0: all")
+    add("--temperature", type=runtime.rate, default=1.0, help="divides the logits")
+    add("--steps", type=runtime.positive, default=12, help="NAR: decoding steps T")
+    add("--choice_temperature", type=runtime.weight, default=0.45, help="NAR: noise on the confidence (Table 10)")
+    add("--cfg", type=runtime.weight, default=0.0, help="classifier-free guidance; 0: off, as in the paper")
+    add("--teacher_forced", default="", help="images (file, folder, shapes) to predict with ground-truth context")
+    add("--runs", nargs="+", default=[], help="PRIOR:TOKENIZER pairs for --teacher_forced")
+    add("--noise", default="", help="images whose codes are compared with those of a noisy copy")
+    add("--sigma", type=runtime.weight, default=0.01, help="standard deviation of that noise, images in [0, 1]")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
+    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
+    args = parser.parse_args()
+    modes = [name for name in ("prior", "teacher_forced", "noise") if getattr(args, name)]
+    if len(modes) != 1:
+        raise BadInput("give one of --prior (draw samples), --teacher_forced (predict images), --noise (disturb codes)")
+    if modes != ["teacher_forced"] and not args.tokenizer:
+        raise BadInput(f"--{modes[0]} needs --tokenizer")
+    if bool(args.runs) != (modes == ["teacher_forced"]):
+        raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
+    return args
+
+
+def load_pair(prior_path, tokenizer_path, device):
+    """Prior and tokenizer in eval mode, and the prior's checkpoint; refused if they don't belong together."""
+    state = runtime.load_checkpoint(prior_path, "prior")
+    tokenizer = vq.load_tokenizer(tokenizer_path, device)
+    if vq.fingerprint(tokenizer) != state["tokenizer"]:
+        raise BadInput(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on (other encoder or "
+                       f"codebook): give that one, or its phase 2")
+    prior = Transformer(**state["config"])
+    prior.load_state_dict(state["ema"] or state["model"])
+    return prior.requires_grad_(False).eval().to(device), tokenizer, state
+
+
+def to_uint8(images):
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the host."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def draw(args, device):
+    """Sample with all processes and write samples.npz, grid.png, sampler.json."""
+    prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    classes, ar = prior.config["classes"], prior.kind == "ar"
+    if args.labels and not classes:
+        raise BadInput("--labels: this prior is unconditional")
+    cycle = torch.tensor(args.labels or range(max(classes, 1)))
+    labels = cycle[torch.arange(args.n) % len(cycle)]
+    options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k}
+    if ar:
+        options["top_p"] = 0.92 if args.top_p is None else args.top_p
+    else:
+        options |= {"top_p": args.top_p or 1.0, "steps": args.steps, "choice_temperature": args.choice_temperature}
+    out, size = Path(args.out), tokenizer.image_size
+    if (out / "samples.npz").exists():
+        raise BadInput(f"{out} already holds samples: choose another --out")
+    with runtime.refusing():  # generate checks its arguments: try them on one sample of one step's cost
+        prior.check(1, labels[:1] if classes else None, **options)
+        if classes and labels.max() >= classes:
+            raise ValueError(f"--labels {int(labels.max())}: the prior has classes 0 to {classes - 1}")
+    runtime.barrier()  # no process makes the folder before all have looked
+    (out / "png").mkdir(parents=True, exist_ok=True) if args.png else out.mkdir(parents=True, exist_ok=True)
+
+    # All processes write their rows of one file; it becomes the npz in the end.
+    shape, part = (args.n, size, size, 3), out / "samples.part"
+    if runtime.is_main():
+        np.memmap(part, np.uint8, "w+", shape=shape).flush()
+    runtime.barrier()
+    samples, progress = np.memmap(part, np.uint8, "r+", shape=shape), runtime.Progress(args.n, "samples", 20)
+    b = min(args.batch_size, args.n)
+    for first in range(runtime.rank() * b, args.n, runtime.world() * b):
+        ids = torch.arange(first, first + b)  # the last batch is filled up: equal sizes, equal rounding
+        keep = min(b, args.n - first)
+        with runtime.autocast(device, args.dtype):
+            y = labels[ids % args.n] if classes else None
+            indices = prior.generate(ids.tolist(), args.seed, y, **options)
+            images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
+        samples[first:first + keep] = images[:keep]
+        for i in range(first, first + keep) if args.png else ():
+            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
+        progress(keep * runtime.world())
+    samples.flush()
+    runtime.barrier()
+    if runtime.is_main():
+        arrays = {"arr_0": samples, **({"arr_1": labels.numpy()} if classes else {})}
+        runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))
+        part.unlink()
+        some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        data.save_grid(out / "grid.png", some, 8)
+        settings = {"n": args.n, "seed": args.seed, "batch_size": args.batch_size, "kind": prior.kind, **options,
+                    "labels": args.labels, "prior": args.prior, "prior_step": state["step"],
+                    "tokenizer": args.tokenizer, "fingerprint": state["tokenizer"], "torch": str(torch.__version__)}
+        (out / "sampler.json").write_text(json.dumps(settings, indent=1) + "\n")
+        print(f"{args.n} samples in {out}/samples.npz, the first of them in {out}/grid.png")
+
+
+def read_images(spec, size, n, device):
+    """The first n images of a file, a folder or `shapes` (its held-out pictures): floats (n, 3, S, S), labels."""
+    if Path(spec).is_file():
+        try:
+            images, labels = [data.center(data.decode(spec, spec), size)], torch.zeros(1, dtype=torch.long)
+        except data.Unreadable as error:
+            raise BadInput(f"{error} can't be read") from None
+        return data.to_float(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), device), labels, []
+    source = data.open_source(spec, "val")
+    n = min(n, len(source))
+    # spread over the set, so that a folder sorted by class shows several; shapes come in turn
+    chosen = range(n) if spec == "shapes" else np.linspace(0, len(source) - 1, n).astype(int).tolist()
+    items = [data.EvalImages(source, size)[i] for i in chosen]
+    for item in items:
+        if item[2] < 0:
+            raise BadInput(f"{source.name(-1 - item[2])} can't be read")
+    return (data.to_float(torch.stack([item[0] for item in items]), device), torch.tensor([item[1] for item in items]),
+            list(source.classes))
+
+
+@torch.no_grad()
+def teacher_forced(args, device):
+    """Sec. 3.2: feed [c, s_1 .. s_(N-1)], take the top-1 code at every position (s_1 included), decode s and s' with
+    the same decoder. One row per image: the input, then for each pair its reconstruction and its prediction."""
+    columns, names = [], []
+    for pair in args.runs:
+        prior_path, colon, tokenizer_path = pair.partition(":")
+        if not colon:
+            raise BadInput(f"--runs {pair}: a pair is PRIOR:TOKENIZER, two checkpoints with a colon between them")
+        prior, tokenizer, state = load_pair(prior_path, tokenizer_path, device)
+        if prior.kind != "ar":
+            raise BadInput(f"{prior_path} is a NAR prior: the view needs the causal mask of an AR prior (Sec. 3.2)")
+        x, labels, classes = read_images(args.teacher_forced, tokenizer.image_size, args.n, device)
+        if columns and columns[0].shape != x.shape:
+            raise BadInput(f"{tokenizer_path} has another image size than the first pair: compare runs of one size")
+        if args.labels:
+            labels = torch.tensor(args.labels)[torch.arange(len(x)) % len(args.labels)]
+        elif prior.config["classes"] and classes != list(state["classes"]):
+            raise BadInput(f"{prior_path} knows classes that {args.teacher_forced} does not have: give --labels")
+        conditional = bool(prior.config["classes"])
+        if conditional and labels.max() >= prior.config["classes"]:
+            raise BadInput(f"--labels {int(labels.max())}: {prior_path} has classes 0 to {prior.config['classes'] - 1}")
+        s = tokenizer.encode(x)[1]  # (n, h, w)
+        top1 = prior(s.flatten(1), labels.to(device) if conditional else None).argmax(-1).view_as(s)  # s'
+        columns += [] if columns else [x]
+        columns += [tokenizer.decode_indices(s), tokenizer.decode_indices(top1)]
+        names.append(f"{100 * (s == top1).float().mean():.1f} % {pair}")
+    out = Path(args.out)
+    picture = torch.stack([c.float().clamp(-1, 1) for c in columns], 1).flatten(0, 1)  # image by image
+    data.save_grid(out / "teacher_forced.png", picture, len(columns))
+    print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
+    for name in names:
+        print(f"top-1 accuracy {name}")
+
+
+@torch.no_grad()
+def noise(args, device):
+    """Fig. 8: the share of codes that change under Gaussian noise too weak to see, and the two pictures."""
+    tokenizer = vq.load_tokenizer(args.tokenizer, device)
+    x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
+    generator = torch.Generator().manual_seed(args.seed)
+    changed = total = 0
+    for part in x.split(args.batch_size):
+        # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
+        noisy = part + 2 * args.sigma * torch.randn(part.shape, generator=generator).to(device)
+        changed += (tokenizer.encode(part)[1] != tokenizer.encode(noisy)[1]).sum().item()
+        total += part.shape[0] * (tokenizer.image_size // tokenizer.f) ** 2
+    print(f"{100 * changed / total:.2f} % of {total} codes change under noise of sigma {args.sigma}")
+
+
+def main():
+    args = parse()
+    device = runtime.setup(args.device)
+    if args.prior:
+        draw(args, device)
+    elif runtime.world() > 1:
+        raise BadInput("--teacher_forced and --noise run in one process: start them with python, not torchrun")
+    else:
+        teacher_forced(args, device) if args.teacher_forced else noise(args, device)
+
+
+if __name__ == "__main__":
+    runtime.run(main)

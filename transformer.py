@@ -1,0 +1,367 @@
+"""
+The prior: a transformer that learns p(s|c) over the N codes of an image (Sec. 3.1.2, Table 8).
+
+    python transformer.py        # the parameter counts beside the paper's
+
+AR and NAR "share the same architecture, except that the AR transformer has the causal mask on attention"
+(Sec. 6.1). Shapes: B images, N codes an image, K codes in the codebook, d the model's width.
+
+    AR    reads [c, s_1 .. s_(N-1)]    slot i predicts s_i from c and s_<i      sampled code by code
+    NAR   reads [c, s_m]               every masked s_i from c and the others   sampled in T steps (MaskGIT)
+
+The prefix c is the class's embedding, or one learned row without classes. A training step is
+
+    tokens, labels, mask = model.corrupt(indices, labels, samples, seed)
+    total, count = model.loss(model(tokens, labels), indices, mask)         # total / count: Eq. 3 per token
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {  # Table 8; the hidden width of the MLP is 4d
+    "base": {"blocks": 24, "heads": 16, "width": 768},
+    "large": {"blocks": 24, "heads": 16, "width": 1024},
+    "tiny": {"blocks": 4, "heads": 4, "width": 128},  # ours, for a CPU
+}
+
+
+class Block(nn.Module):
+    """Pre-LN attention and MLP, each with a residual: x (B, L, d) -> (B, L, d).
+
+    The paper gives the sizes and "dropout 0.1" alone. Where the dropout sits (embedding, attention weights,
+    both residual branches), GELU and biases everywhere are GPT-2's; 12d^2 + 13d a block meets Table 8.
+    """
+
+    def __init__(self, d, heads, dropout, causal):
+        super().__init__()
+        self.heads, self.dropout, self.causal = heads, dropout, causal
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d)
+        self.proj = nn.Linear(d, d)
+        self.norm2 = nn.LayerNorm(d)
+        self.fc1 = nn.Linear(d, 4 * d)
+        self.fc2 = nn.Linear(4 * d, d)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, cache=None, slot=None, seen=None):
+        B, L, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, d // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d / heads)
+        if cache is None:
+            p = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
+        else:  # L = 1: write this slot's key and value in place, attend to the slots up to it
+            cache[0].index_copy_(2, slot, k)
+            cache[1].index_copy_(2, slot, v)
+            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen)
+        x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, d)))
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+
+
+class Transformer(nn.Module):
+    """A prior over sequences of `tokens` = N codes.
+
+    Args:
+        kind: "ar" or "nar".
+        size: a key of SIZES.
+        codebook_size: K, at most 65536 (codes are stored as uint16).
+        tokens: N, 256 for 16 x 16 codes.
+        classes: number of classes; 0 is unconditional.
+        dropout: 0.1 (Table 8).
+        null_class: adds a row that stands for "no class", which guidance (`cfg`) and `label_dropout` need.
+            Off by default: the paper "exclude[s] the classifier-free guidance" (Sec. 6.1).
+
+    `Transformer(**model.config)` builds the same model again. Raises ValueError on arguments out of range.
+    """
+
+    def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000, dropout=0.1,
+                 null_class=False):
+        super().__init__()
+        if kind not in ("ar", "nar"):
+            raise ValueError(f'kind is "{kind}": choose "ar" or "nar"')
+        if size not in SIZES:
+            raise ValueError(f'size is "{size}": choose one of {", ".join(SIZES)}')
+        if not 2 <= codebook_size <= 65536:
+            raise ValueError(f"codebook_size is {codebook_size}: use 2 to 65536, what uint16 holds")
+        if tokens < 1 or classes < 0:
+            raise ValueError(f"tokens is {tokens}, classes {classes}: use at least 1 token and 0 classes")
+        if null_class and not classes:
+            raise ValueError("null_class without classes: an unconditional model has no label to drop")
+        self.config = {"kind": kind, "size": size, "codebook_size": codebook_size, "tokens": tokens,
+                       "classes": classes, "dropout": dropout, "null_class": null_class}
+        self.kind, self.codebook_size, self.tokens = kind, codebook_size, tokens
+        self.classes, self.null_class = classes, null_class
+        self.mask_id = codebook_size  # NAR's mask token and the null class are one more row of their tables
+        blocks, self.heads, d = SIZES[size].values()
+        nar = kind == "nar"
+        self.code = nn.Embedding(codebook_size + nar, d)  # its first K rows are the head's weight, too
+        self.slot = nn.Embedding(tokens + nar, d)  # slot 0 is the prefix; AR never reads s_N
+        self.prefix = nn.Embedding(max(classes, 1) + null_class, d)
+        self.drop = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(d, self.heads, dropout, causal=not nar) for _ in range(blocks))
+        self.norm = nn.LayerNorm(d)
+        # The paper gives no initialisation; GPT-2's shrinks the residual branches by sqrt(2 * blocks)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                last = name.endswith(("proj.weight", "fc2.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * blocks) if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def param_groups(self, weight_decay=1e-2):
+        """AdamW's groups: decay on the linear layers' matrices, none on biases, norms and embeddings.
+
+        Table 10 gives weight_decay 1e-2 and not what it applies to. The tied head counts as an embedding.
+        """
+        decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        others = [p for p in self.parameters() if all(p is not w for w in decay)]
+        return [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    # ---------------------------------------------------------------- training
+
+    def forward(self, indices, labels=None):
+        """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
+
+        AR: codes in [0, K); row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2.
+        NAR: masked codes are `mask_id` = K. The label `classes` is the null class. Raises ValueError if N is
+        not the model's, or if labels are given to an unconditional model or missing for a conditional one.
+        """
+        if indices.shape[1] != self.tokens:
+            raise ValueError(f"indices have {indices.shape[1]} tokens an image: the model has {self.tokens}")
+        x = self.code(indices[:, :-1] if self.kind == "ar" else indices)
+        x = torch.cat([self._prefix(labels, len(indices)), x], 1)  # (B, N, d), NAR (B, N+1, d)
+        x = self.drop(x + self.slot.weight)
+        for block in self.blocks:
+            x = block(x)
+        return self._head(x if self.kind == "ar" else x[:, 1:])  # NAR: the prefix predicts nothing
+
+    def _prefix(self, labels, batch):
+        if self.classes and labels is None:
+            raise ValueError(f"labels are missing: pass one of the model's {self.classes} classes each")
+        if labels is None:
+            labels = torch.zeros(batch, dtype=torch.long, device=self.prefix.weight.device)
+        elif not self.classes:
+            raise ValueError("labels are given to an unconditional model (classes=0): leave them out")
+        return self.prefix(labels)[:, None]  # (B, 1, d)
+
+    def _head(self, x):
+        with torch.autocast(x.device.type, enabled=False):  # in fp32: bf16 numbers near 8 are 0.06 apart
+            return F.linear(self.norm(x).float(), self.code.weight[: self.codebook_size].float())
+
+    def corrupt(self, indices, labels, samples, seed=0, label_dropout=0.0):
+        """What a training step shows -> tokens (B, N), labels, mask (B, N) bool of the codes to predict.
+
+        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted. For guidance a
+        label becomes the null class with probability `label_dropout`. `samples` are B integers >= 0: row j's
+        randomness is a pure function of (seed, samples[j]), so number the samples of a run (step * batch size
+        + row), and any split into processes or micro-batches gives the same masks.
+        """
+        if label_dropout and not self.null_class:
+            raise ValueError(f"label_dropout is {label_dropout}: it needs a model with null_class=True")
+        if self.kind == "ar" and not label_dropout:  # nothing is drawn
+            return indices, labels, torch.ones_like(indices, dtype=torch.bool)
+        u = uniforms(seed, samples, self.tokens + 2).to(indices.device)
+        if label_dropout:
+            labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
+        if self.kind == "ar":
+            return indices, labels, torch.ones_like(indices, dtype=torch.bool)
+        mask = draw_mask(u[:, 1], u[:, 2:])
+        return indices.masked_fill(mask, self.mask_id), labels, mask
+
+    def loss(self, logits, indices, mask):
+        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are.
+
+        total / count is the mean. They are kept apart since masks differ in size: micro-batches and processes
+        add up totals and counts. In training mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is
+        silent), so only a loss in eval mode is a likelihood.
+        """
+        smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
+        nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
+                              label_smoothing=smoothing)
+        return (nll * mask.flatten()).sum(), mask.sum()  # Eq. 3
+
+    # ---------------------------------------------------------------- sampling
+
+    def new_cache(self, batch):
+        """Keys and values of every block, (blocks, 2, batch, heads, N, d / heads), for `step`."""
+        w, dtype = self.code.weight, self.code.weight.dtype
+        if torch.is_autocast_enabled(w.device.type):
+            dtype = torch.get_autocast_dtype(w.device.type)
+        shape = len(self.blocks), 2, batch, self.heads, self.tokens, w.shape[1] // self.heads
+        return torch.zeros(shape, device=w.device, dtype=dtype)
+
+    def step(self, x, slot, cache):
+        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills the cache.
+
+        Shapes are fixed and nothing is read back to the host, so it compiles once for all slots.
+        """
+        x = x + self.slot(slot)
+        seen = (torch.arange(self.tokens, device=x.device) <= slot)[None]  # (1, N)
+        for block, kv in zip(self.blocks, cache):
+            x = block(x, kv, slot, seen)
+        return self._head(x)[:, 0]
+
+    def check(self, B, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0, steps=12, choice_temperature=0.45):
+        """Raise ValueError unless `generate` can draw B samples with these arguments (which see)."""
+        N, K = self.tokens, self.codebook_size
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}: it divides the logits, use > 0")
+        if not choice_temperature >= 0:
+            raise ValueError(f"choice_temperature is {choice_temperature}: it scales noise, use >= 0")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p is {top_p}: it is a share of probability, use 0 < top_p <= 1")
+        if not 0 <= top_k <= K:
+            raise ValueError(f"top_k is {top_k}: use 0 (off) to {K}, the size of the codebook")
+        if self.kind == "nar" and (top_k or top_p < 1):
+            raise ValueError("top_k and top_p are for AR: for NAR use temperature and choice_temperature")
+        if self.kind == "nar" and not 1 <= steps <= N:
+            raise ValueError(f"steps is {steps}: use 1 to {N}, the number of tokens")
+        if not cfg >= 0 or (cfg and not self.null_class):
+            raise ValueError(f"cfg is {cfg}: use >= 0, and 0 (off) for a model trained without a null class")
+        if labels is not None and labels.shape != (B,):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}: pass one for each of {B} samples")
+        if labels is not None and self.classes and not (0 <= labels.min() and labels.max() < self.classes):
+            raise ValueError(f"labels are {labels.min()} to {labels.max()}: use 0 to {self.classes - 1}")
+
+    @torch.no_grad()
+    def generate(self, sample_ids, seed=0, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
+                 steps=12, choice_temperature=0.45):
+        """Draw codes -> (B, N) int64 in [0, K). Call `eval()` first.
+
+        Args:
+            sample_ids: B integers >= 0. Sample i depends on (seed, i) and its label alone. Its random numbers
+                do so exactly, its logits up to rounding, as another batch size may sum in another order. In
+                fp32 that changes about one code in a million; bf16 rounds far coarser, so keep the batch size
+                (pad the last batch) where samples must repeat exactly.
+            labels: (B,) int64 in [0, classes), or None for an unconditional model.
+            temperature: divides the logits, > 0.
+            top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold
+                the share p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
+            cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
+            steps: NAR only: T in [1, N]; 12 in Tables 3 and 4.
+            choice_temperature: NAR only, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, 0.65 on the others.
+
+        Raises ValueError on anything out of these ranges.
+        """
+        N, K, B = self.tokens, self.codebook_size, len(sample_ids)
+        if self.training:
+            raise ValueError("generate() in training mode would sample with dropout: call eval() first")
+        self.check(B, labels, temperature, top_k, top_p, cfg, steps, choice_temperature)
+        device = self.code.weight.device
+        bits = (K - 1).bit_length()  # `sample` takes as many uniform numbers a code
+        shape = (N, bits) if self.kind == "ar" else (steps, N, bits + 1)
+        u = uniforms(seed, sample_ids, math.prod(shape)).view(B, *shape).to(device)
+        if labels is not None:
+            labels = labels.to(device)
+        if cfg:  # the second half of the batch sees the same codes and no class
+            labels = torch.cat([labels, torch.full_like(labels, self.classes)])
+
+        def double(x):
+            return torch.cat([x, x]) if cfg else x
+
+        def guide(logits):
+            if not cfg:
+                return logits
+            l_c, l_null = logits.chunk(2)
+            return l_c + cfg * (l_c - l_null)
+
+        if self.kind == "nar":
+            tokens = torch.full((B, N), self.mask_id, device=device)
+            return maskgit(tokens, lambda s: guide(self(double(s), labels)), u, self.mask_id, temperature,
+                           choice_temperature)
+        x = self._prefix(labels, B)
+        cache = self.new_cache(len(x))
+        slots, s = torch.arange(N, device=device), []
+        for i in range(N):
+            logits = guide(self.step(x, slots[i : i + 1], cache))
+            s.append(sample(logits, u[:, i], temperature, top_k, top_p))  # (B,)
+            x = self.code(double(s[-1]))[:, None]
+        return torch.stack(s, 1)
+
+
+def uniforms(seed, samples, n):
+    """(B, n) float32 in [0, 1) for B samples: row j is a pure function of (seed, samples[j])."""
+    # the third word keeps these streams apart from those of the data, which are seeded by two
+    rows = [np.random.default_rng([seed, int(i), 1]).random(n, dtype=np.float32) for i in samples]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw_mask(r, noise):
+    """MaskGIT's training mask: r (B,), noise (B, N), uniform in [0, 1) -> (B, N) bool, True where masked.
+
+    The paper: "a random mask". MaskGIT masks the ratio cos(pi r / 2), at least one. We round its product with
+    N up, so that "all masked", where sampling begins, is seen in training. The lowest noise is masked.
+    """
+    count = (noise.shape[1] * torch.cos(math.pi / 2 * r)).ceil().clamp(min=1)  # (B,)
+    return noise.argsort(dim=-1, stable=True).argsort(-1) < count[:, None]
+
+
+def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw from softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...) in [0, K).
+
+    u (..., ceil(log2 K)), uniform in [0, 1): one number decides each halving of the codes, until one is left.
+    Inverting the cumulative distribution by a single u would be shorter, but has K - 1 borders that rounding
+    moves: an error of 1e-6 in the logits changes about one code in 10^4 there, one in 10^6 here.
+    """
+    p = (logits.float() / temperature).softmax(-1)
+    if top_k or top_p < 1:
+        kept, order = p.sort(dim=-1, descending=True, stable=True)
+        if top_k:
+            kept[..., top_k:] = 0
+        above = kept.cumsum(-1) - kept  # what the more probable codes hold; 0 for the first, which stays
+        kept = kept.masked_fill(above >= top_p * kept.sum(-1, keepdim=True), 0)
+        p = torch.zeros_like(p).scatter(-1, order, kept)
+    bits = u.shape[-1]
+    p = F.pad(p, (0, 2**bits - p.shape[-1]))
+    code = 0
+    for bit in range(bits):
+        p = p.unflatten(-1, (2, -1))  # (..., 2, codes left / 2)
+        low, high = p.sum(-1).unbind(-1)
+        right = u[..., bit] * (low + high) >= low  # never a half without probability, since 0 <= u < 1
+        p = torch.where(right[..., None], p[..., 1, :], p[..., 0, :])
+        code = 2 * code + right.long()
+    return code
+
+
+def maskgit(tokens, logits_fn, u, mask_id, temperature=1.0, choice_temperature=0.45):
+    """MaskGIT's parallel decoding in T steps: fills the masked tokens, keeps the known ones.
+
+    tokens (B, N) int64, `mask_id` where unknown; logits_fn maps such tokens to logits (B, N, K); u uniform in
+    [0, 1), (B, T, N, ceil(log2 K) + 1): a step's noise for `sample` and, last, for the choice. Returns (B, N)
+    int64 in [0, K).
+
+    A step draws every unknown code, then masks the least confident ones again: n cos(pi/2 (t+1)/T) of the n
+    unknown at the start. Confidence is log p plus Gumbel noise, scaled by `choice_temperature` falling to 0.
+    Table 10 has one "sampling temperature" (0.45). We take it for the choice temperature, which MaskGIT tunes
+    (to 4.5), and leave `temperature`, on the logits, at 1: sweep both before quoting a number.
+    """
+    T = u.shape[1]
+    n = (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
+    for t in range(T):
+        unknown = tokens == mask_id
+        logits = logits_fn(tokens).float() / temperature
+        ids = torch.where(unknown, sample(logits, u[:, t, :, :-1]), tokens)
+        if t == T - 1:
+            return ids  # before masking again: the schedule never masks fewer than one
+        ratio = (t + 1) / T
+        gumbel = -torch.log(-torch.log(u[:, t, :, -1].clamp(min=1e-9)))
+        log_p = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        confidence = log_p + choice_temperature * (1 - ratio) * gumbel
+        confidence = confidence.masked_fill(~unknown, torch.inf)
+        length = (n * math.cos(math.pi / 2 * ratio)).floor()
+        length = torch.minimum(length, unknown.sum(-1, keepdim=True) - 1).clamp(min=1)
+        lowest = confidence.argsort(dim=-1, stable=True).argsort(-1) < length
+        tokens = ids.masked_fill(lowest & unknown, mask_id)
+
+
+if __name__ == "__main__":
+    print("model                 parameters   paper    differs by")
+    for size, classes, paper in [("base", 1000, 172e6), ("large", 1000, 305e6), ("base", 0, 171e6)]:
+        for kind in ("ar", "nar"):
+            with torch.device("meta"):
+                count = sum(p.numel() for p in Transformer(kind, size, classes=classes).parameters())
+            name = f"{kind.upper()} {size}" + ("" if classes else ", no classes")
+            print(f"{name:21} {count / 1e6:9.2f}M  {paper / 1e6:5.0f}M  {100 * (count / paper - 1):+9.2f} %")
