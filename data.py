@@ -474,9 +474,12 @@ class _Positions:
 
 
 def eval_loader(dataset, batch_size, workers, device, n=0):
-    """The first n images (0: all), batches dealt out over the processes in turn; no image twice, none padded in."""
-    n = min(n or len(dataset), len(dataset))
-    batches = [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
+    """All images, or n of them (the same ones every time, drawn at random: the first n of a folder are one class).
+    Batches are dealt out over the processes in turn; no image comes twice, none is padded in."""
+    chosen = list(range(len(dataset)))
+    if 0 < n < len(dataset):
+        chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:n].tolist())
+    batches = [chosen[i:i + batch_size] for i in range(0, len(chosen), batch_size)]
     return loader(dataset, batches[runtime.rank()::runtime.world()], workers, device)
 
 
@@ -566,6 +569,7 @@ def main():
     if args.out and Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise BadInput(f"--out {args.out} is not empty: choose another folder")
 
+    batches = [range(i, min(i + 64, n)) for i in range(0, n, 64)]
     chosen = np.unique(np.linspace(0, n - 1, 40).astype(int)).tolist()
     images = [EvalImages(source, args.image_size)[i] for i in chosen]
     images = torch.stack([image for image, _, i in images if i >= 0] or [images[0][0]])
@@ -579,7 +583,7 @@ def main():
 
     if not isinstance(source, Shapes):
         progress, sizes, bad = runtime.Progress(n, "decoded"), [], 0
-        for w, h, index in eval_loader(_Whole(source), 64, args.workers, device, n):
+        for w, h, index in loader(_Whole(source), batches, args.workers, device):
             sizes += torch.minimum(w, h)[w > 0].tolist()
             for i in index[w == 0].tolist():
                 bad += 1
@@ -594,7 +598,7 @@ def main():
 
     if args.out:
         progress = runtime.Progress(n, "written")
-        for images, labels, index in eval_loader(EvalImages(source, args.image_size), 64, args.workers, device, n):
+        for images, labels, index in loader(EvalImages(source, args.image_size), batches, args.workers, device):
             for image, label, i in zip(images, labels.tolist(), index.tolist()):
                 if i >= 0:
                     folder = Path(args.out) / (source.classes[label] if source.classes else "")

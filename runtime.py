@@ -268,8 +268,8 @@ def save_file(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         before = "the previous file is intact" if path.exists() else "nothing was there before"
-        raise BadInput(f"could not write {path} ({error}): free the disk or mend the permissions and start again "
-                       f"with --resume; {before}") from error
+        raise BadInput(f"could not write {path} ({error}): free the disk or mend the permissions, and run the "
+                       f"same command again (training: with --resume); {before}") from error
 
 
 def load_checkpoint(path, kind):

@@ -39,7 +39,7 @@ def parse():
     add("--lr_end", type=runtime.rate, help="end of the cosine decay; equal to --lr: constant")
     add("--betas", type=runtime.fraction, nargs=2, help="Adam's, of tokenizer and discriminator")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
-    add("--val_n", type=runtime.count, default=0, help="validate on the first N validation images (0: all)")
+    add("--val_n", type=runtime.count, default=0, help="validate on N of the validation images (0: all)")
     add("--image_size", type=runtime.positive, help="side of the images, 256")
     add("--channels", type=runtime.positive, nargs="+", help="one width per level, each level halves; f = 2^(levels-1)")
     add("--z_dim", type=runtime.positive, help="dimensions of a code, n_z = 256")
