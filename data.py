@@ -349,7 +349,7 @@ def center(image, size):
 
 
 def augment(image, size, crop, rng):
-    """The training transforms of Sec. 4 (decisions: RQ-VAE's for FFHQ and LSUN). -> uint8 (size, size, 3)
+    """The training transforms, -> uint8 (size, size, 3). Paper: silent; for LSUN it follows RQ-VAE, whose they are.
 
     random  (ImageNet): shorter side to `size`, random crop, flip.
     resized (FFHQ):     a square of 0.75 to 1 of the area, resized, flip.
@@ -487,13 +487,15 @@ class Bad:
     """Names and counts unreadable images as the batches report them; more than 1 % of the set stops the run."""
 
     def __init__(self, source):
-        self.source, self.seen = source, set()
+        self.source, self.seen, self.drawn = source, set(), 0
 
     def __call__(self, indices):
+        self.drawn += len(indices)
         for i in set(indices[indices >= 0].tolist()) - self.seen:
             self.seen.add(i)
             print(f"skipped: unreadable image {self.source.name(i)} ({len(self.seen)} so far)", flush=True)
-        if len(self.seen) > MAX_BAD * len(self.source):
+        # of the set, or of what this process has seen of it: eight processes meet an eighth each
+        if len(self.seen) > MAX_BAD * min(len(self.source), max(self.drawn, 1000)):
             raise BadInput(f"{len(self.seen)} of {len(self.source)} images can't be read, the last one "
                            f"{self.source.name(i)}: check the data with `python data.py --data ...`")
 
@@ -517,7 +519,7 @@ def check_size(source, size, spec):
 
 def check_image_size(size, multiple):
     if size % multiple:
-        raise BadInput(f"--image_size {size} is not a multiple of {multiple}, the tokenizer's compression ratio f")
+        raise BadInput(f"--image_size {size} is not a multiple of {multiple}, by which the network reduces it")
 
 
 def save_grid(path, images, columns, scale=1):

@@ -5,6 +5,7 @@
 #
 # Pictures are 32 x 32 (8 x 8 codes), networks about a million parameters, so that two CPU cores are enough.
 set -euo pipefail
+trap 'exit 130' INT TERM  # a stage that is told to stop saves and ends well; the next must not begin
 cd "$(dirname "$0")"
 out=${DEMO_OUT:-demo}
 steps=${DEMO_STEPS:-1600}              # of phase 1; the other stages follow it

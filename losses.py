@@ -16,7 +16,6 @@ from runtime import BadInput, load_checkpoint
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
 SEM = ("relu5_3", "logit")  # L_per^sem: semantics
 LAYERS = (*LOW, "logit")
-TABLE6 = {"low": LOW, "A": LAYERS, "B": LAYERS[1:], "C": LAYERS[2:], "D": LAYERS[3:], "sem": SEM, "E": ("logit",)}
 VGG16_SHA256 = "397923af"  # the first digits, as in torchvision's file name vgg16-397923af.pth
 
 
@@ -106,7 +105,6 @@ def load_vgg(spec):
         state = load_checkpoint(spec, "vgg")
         net = SmallVGG(**state["config"])
         net.load_state_dict(state["model"])
-        net.labels = state["labels"]
     else:
         net = VGG16()
         try:
@@ -180,8 +178,39 @@ def lrelu(x):
     return F.leaky_relu(x, 0.2) * math.sqrt(2)  # the gain keeps the variance
 
 
+class BlurFunction(torch.autograd.Function):
+    """A depthwise convolution with a fixed kernel. PyTorch's own second derivative (R1 needs it) runs one convolution
+    per channel, for the gradient of a kernel that wants none; here it is the same convolution again."""
+
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding):
+        ctx.save_for_backward(kernel)
+        ctx.shape, ctx.options = x.shape, (stride, padding)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, kernel, None, stride, padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return BlurGradient.apply(grad, *ctx.saved_tensors, ctx.shape, *ctx.options), None, None, None
+
+
+class BlurGradient(torch.autograd.Function):
+    """BlurFunction's transpose: gradient of its output -> gradient of its input."""
+
+    @staticmethod
+    def forward(ctx, grad, kernel, shape, stride, padding):
+        ctx.save_for_backward(kernel)
+        ctx.options = stride, padding
+        with torch.autocast(grad.device.type, enabled=False):
+            return torch.nn.grad.conv2d_input(shape, kernel, grad, stride, padding, groups=shape[1])
+
+    @staticmethod
+    def backward(ctx, x):
+        return BlurFunction.apply(x, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
 class Blur(nn.Module):
-    """[1, 3, 3, 1] in both directions, normalised, by an ordinary depthwise convolution."""
+    """[1, 3, 3, 1] in both directions, normalised."""
 
     def __init__(self, channels, padding, stride=1):
         super().__init__()
@@ -190,7 +219,7 @@ class Blur(nn.Module):
         self.padding, self.stride = padding, stride
 
     def forward(self, x):
-        return F.conv2d(x, self.kernel.to(x.dtype), stride=self.stride, padding=self.padding, groups=x.shape[1])
+        return BlurFunction.apply(x, self.kernel.to(x.dtype), self.stride, self.padding)
 
 
 class DiscriminatorBlock(nn.Module):

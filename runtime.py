@@ -236,7 +236,8 @@ class Guard:
         norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         bad = (~norm.isfinite()).float()
         optimizer.found_inf = bad
-        optimizer.step()
+        if bad.device.type != "mps" or not bad:  # the fused kernels of mps know no found_inf: ask here
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.skipped += bad
         self.streak = (self.streak + bad) * bad
@@ -250,8 +251,8 @@ class Guard:
 
 # ------------------------------------------------------------------------------ checkpoints, run folders
 
-FREE = {"out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every", "save_every",
-        "tensorboard"}  # flags that may change from one start of a run to the next
+FREE = {"lr", "lr_end", "out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every",
+        "save_every", "tensorboard"}  # flags that may change from one start of a run to the next
 
 
 def save_file(path, write):
@@ -289,6 +290,12 @@ def load_checkpoint(path, kind):
     return state
 
 
+def check_out(args):
+    """Refuse an --out that holds a run already, unless --resume: to be asked before anything slow."""
+    if (Path(args.out) / "ckpt.pt").exists() and not args.resume:
+        raise BadInput(f"{args.out} already holds a run: go on with --resume, or choose another --out")
+
+
 class Run:
     """A run folder: ckpt.pt, metrics.jsonl, samples/. Refuses to overwrite, resumes, logs, notices signals.
 
@@ -299,17 +306,19 @@ class Run:
     def __init__(self, args, kind):
         self.args, self.kind, self.out = args, kind, Path(args.out)
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
-        if self.ckpt.exists() and not args.resume:
-            raise BadInput(f"{self.out} already holds a run: go on with --resume, or choose another --out")
+        check_out(args)
         try:
             (self.out / "samples").mkdir(parents=True, exist_ok=True)
-            if is_main():
-                self.lock = open(self.out / "lock", "w")  # noqa: SIM115 (held as long as the run lives)
+            self.lock = open(self.out / "lock", "w") if is_main() else None  # held as long as the run lives
+        except OSError as error:
+            raise BadInput(f"--out {self.out} can't be written ({error.strerror})") from None
+        try:
+            if self.lock:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(f"{self.out} is in use by another run: choose another --out") from None
-        except OSError as error:
-            raise BadInput(f"--out {self.out} can't be written ({error.strerror})") from None
+        except OSError:
+            pass  # some network file systems have no locks
         self.board = None
         if args.tensorboard and is_main():
             try:
@@ -317,14 +326,18 @@ class Run:
             except ImportError:
                 raise BadInput("--tensorboard needs the package: pip install tensorboard") from None
             self.board = SummaryWriter(self.out)
-        self.signal = 0
+        self.signal, self.told = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         self.clock = self.began = None
 
     def _on_signal(self, number, frame):
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the run at once
+        # torchrun passes on a SIGTERM that a scheduler has sent to its workers as well, so a second one means nothing
+        # new. A second Ctrl-C, two seconds later, does: end at once.
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.told > 2:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal, self.told = number, time.monotonic()
 
     def resume(self):
         """The checkpoint to go on from (after a check that the flags still match), or None to start."""

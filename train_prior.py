@@ -196,8 +196,8 @@ def main():
     if args.classes and len(source.classes) > args.classes:
         raise BadInput(f"--data {args.data} has {len(source.classes)} classes, more than --classes {args.classes}")
     if args.classes and (not source.classes or tuple(val.classes) != tuple(source.classes)):
-        raise BadInput(f"--data {args.data} has no classes, or --val {args.val} has others: use --classes 0, or folders "
-                       f"of class folders")
+        raise BadInput(f"--data {args.data} has no classes, or --val {args.val} has others: use --classes 0, or "
+                       f"folders of class folders")
     if args.label_dropout and not args.classes:
         raise BadInput("--label_dropout needs classes: it drops the label")
     data.check_size(source, args.image_size, args.data)

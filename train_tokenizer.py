@@ -20,10 +20,10 @@ import vq
 from runtime import BadInput
 
 # What differs between the phases; each is a flag too. Paper: phase 2's learning rate is 5e-4 in Sec. 4.1 and 5e-5 in
-# Table 9, FFHQ's iterations 500k and 300k: we take the table's, whose other numbers check out.
-PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, lr_end=5e-5, betas=[0.9, 0.99], alpha=1.0,
+# Table 9, FFHQ's iterations are 500k and 300k: we take the table's, whose other numbers check out.
+PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, betas=[0.9, 0.99], alpha=1.0,
                  decoder_attention=0),
-         2: dict(iters=200_000, batch_size=128, lr=5e-5, lr_end=5e-5, betas=[0.5, 0.9], alpha=0.0,
+         2: dict(iters=200_000, batch_size=128, lr=5e-5, betas=[0.5, 0.9], alpha=0.0,
                  decoder_attention=1)}
 # The tokenizer's shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
 SHAPE = dict(channels=[128, 128, 256, 256, 512], z_dim=256, codebook="entropy", codebook_size=1024, image_size=256,
@@ -36,10 +36,11 @@ def parse():
     add = parser.add_argument
     add("--phase", type=int, choices=[1, 2], default=1, help="1: semantic compression, 2: details preservation")
     add("--init", default="", help="tokenizer checkpoint to start from: phase 2 needs it, phase 1 finetunes it (LSUN)")
-    add("--lr_end", type=runtime.rate, help="end of the cosine decay; equal to --lr: constant")
-    add("--betas", type=runtime.fraction, nargs=2, help="Adam's, of tokenizer and discriminator")
+    add("--lr_end", type=runtime.rate, help="end of the cosine decay: half of --lr, in phase 2 all of it")
+    add("--betas", type=runtime.bounded(float, 0, 0.999999), nargs=2, help="Adam's, of tokenizer and discriminator")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
-    add("--val_n", type=runtime.count, default=0, help="validate on N of the validation images (0: all)")
+    add("--val_n", type=runtime.count, default=0,
+        help="validate on N of the validation images (0: all, or 5000 if there is no --val)")
     add("--image_size", type=runtime.positive, help="side of the images, 256")
     add("--channels", type=runtime.positive, nargs="+", help="one width per level, each level halves; f = 2^(levels-1)")
     add("--z_dim", type=runtime.positive, help="dimensions of a code, n_z = 256")
@@ -64,11 +65,11 @@ def parse():
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
     args = parser.parse_args()
-    if args.disc_ramp is None:  # with --init the discriminator comes warm
-        args.disc_ramp = 0 if args.init else 20_000
     for name, value in PHASE[args.phase].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.lr_end is None:
+        args.lr_end = args.lr / 2 if args.phase == 1 else args.lr
     if args.perceptual_layers:
         args.alpha = None
     return args
@@ -90,6 +91,8 @@ def settle_shape(args):
         elif init and getattr(args, name) != value:
             raise BadInput(f"--{name} {getattr(args, name)} is not the shape of --init {args.init}, which has {value}: "
                            f"leave the flag out")
+    if args.disc_ramp is None:  # a discriminator that comes with the checkpoint is warm
+        args.disc_ramp = 0 if init and init["disc"] else 20_000
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
     if args.codebook_size > 65536:
         raise BadInput(f"--codebook_size {args.codebook_size} does not fit the 16 bits of a stored code (65536)")
@@ -110,11 +113,14 @@ def load_init(model, disc, init, args):
 
 
 @torch.no_grad()
-def validate(model, perceptual, loader, device, args, path):
+def validate(model, perceptual, loader, device, args, path, bad):
     """Means over the validation set, usage and perplexity of the codes; saves inputs over reconstructions as `path`."""
     model.eval()
     sums, histogram, n = {}, torch.zeros(model.quantizer.K, device=device), 0
     for images, _, index in loader:
+        bad(-1 - index[index < 0])
+        if (index < 0).all():
+            continue
         x = data.to_float(images[index >= 0], device)
         with runtime.autocast(device, args.dtype):
             x_hat, indices, _ = model(x)
@@ -145,12 +151,22 @@ def main():
     args = parse()
     device = runtime.setup(args.device)
     runtime.micro_batch(args)
+    runtime.check_out(args)
     init = settle_shape(args)
     source = data.open_source(args.data)
     val = data.open_source(args.val or args.data, "val")
     data.check_size(source, args.image_size, args.data)
     data.check_size(val, args.image_size, args.val or args.data)
-    perceptual = losses.PerceptualLoss(losses.load_vgg(args.vgg), args.alpha or 0.0, args.perceptual_layers).to(device)
+    if not args.val and args.data != "shapes":
+        args.val_n = args.val_n or 5000
+    if not runtime.is_main():
+        runtime.barrier()  # process 0 downloads, the others find the file
+    vgg = losses.load_vgg(args.vgg)
+    if runtime.is_main():
+        runtime.barrier()
+    if isinstance(vgg, losses.VGG16) and args.image_size < 32:
+        raise BadInput(f"--image_size {args.image_size} is too small for VGG16, which halves it five times: use 32")
+    perceptual = losses.PerceptualLoss(vgg, args.alpha or 0.0, args.perceptual_layers).to(device)
 
     # ---- models: the same start on every process
     torch.manual_seed(args.seed)
@@ -162,6 +178,8 @@ def main():
         load_init(model, disc, init, args)
     model = model.to(device, memory_format=torch.channels_last)
     model.quantizer.sync, model.quantizer.gather = runtime.mean_over_processes, runtime.gather_rows
+    model.quantizer.KMEANS_EVERY *= args.accum
+    model.quantizer.KMEANS_UNTIL *= args.accum
     trained = model
     if args.phase == 2:  # encoder and codebook are fixed: a prior trained on phase 1's codes fits phase 2
         model.encoder.requires_grad_(False)
@@ -171,7 +189,7 @@ def main():
 
     run = runtime.Run(args, "tokenizer")
     if runtime.is_main() and not args.val and args.data != "shapes":
-        print("no --val: the validation figures are of training images", flush=True)
+        print(f"no --val: the validation figures are of {args.val_n} training images", flush=True)
 
     # ---- optimizers. Paper: one line for both networks; the discriminator gets the generator's.
     opt_g = torch.optim.Adam(trained.parameters(), args.lr, args.betas, fused=True)
@@ -188,6 +206,7 @@ def main():
         if ema:
             ema.load_state_dict(state["ema_state"])
         start = state["step"]
+    init = state = None  # a gigabyte at the paper's size
 
     def save(step):
         run.save(step, config=model.config, model=model.state_dict(), opt_g=opt_g.state_dict(),
@@ -202,14 +221,21 @@ def main():
     loader = data.train_loader(data.TrainImages(source, args.image_size, args.crop, args.seed), args, start, device)
     val_loader = data.eval_loader(data.EvalImages(val, args.image_size), min(64, args.batch_size),
                                   min(args.workers, 2), device, args.val_n)
-    bad, batches, sums = data.Bad(source), iter(loader), {}
+    bad, bad_val, batches, sums = data.Bad(source), data.Bad(val), iter(loader), {}
+
+    def note(**terms):
+        """Add to the means of the next progress line, without waiting for the device; NaN stays out of them."""
+        for name, value in terms.items():
+            value, (total, n) = value.detach().float(), sums.get(name, (0, 0))
+            sums[name] = total + value.nan_to_num(0, 0, 0), n + value.isfinite()
+
     model.train()
     run.progress(start)
 
     for step in range(start, args.iters):
         lr = runtime.cosine(step, args.iters, args.lr, args.lr_end)
         adv_weight = args.adv_weight * losses.ramp(step, args.disc_start, args.disc_ramp)
-        pairs, terms = [], {}
+        pairs = []
 
         # ---- the tokenizer's step
         if disc:
@@ -234,15 +260,14 @@ def main():
             if adv_weight:
                 adv = losses.generator_loss(fake_logits)
                 loss = loss + adv_weight * adv
-                terms["adversarial"] = adv.detach()
+                note(adversarial=adv)
             # The mean over micro-batches equals the large batch, but for the entropy term: its soft usage is a mean
             # over the positions of one micro-batch (of all processes).
             (loss / args.accum).backward()
             pairs.append((x, x_hat.detach()))
-            terms |= {"loss": loss.detach(), "l1": l1.detach(), "perceptual": per.detach(), **layers,
-                      **{name: value.detach() for name, value in q.items()}}
+            note(loss=loss, l1=l1, perceptual=per, **layers, **q)
         runtime.set_lr(opt_g, lr)
-        terms["grad_norm"] = guard_g.step(opt_g)
+        note(grad_norm=guard_g.step(opt_g))
         if ema:
             ema.update_parameters(model)
 
@@ -261,11 +286,10 @@ def main():
                 with runtime.autocast(device, args.dtype):
                     fake_logits = disc(x_hat)
                 loss_d = losses.discriminator_loss(real_logits, fake_logits)
-                terms |= {"disc": loss_d.detach(), "real_logit": real_logits.detach().mean(),
-                          "fake_logit": fake_logits.detach().mean()}
+                note(disc=loss_d, real_logit=real_logits.mean(), fake_logit=fake_logits.mean())
                 if penalise:
                     r1 = losses.r1_penalty(real_logits, x)
-                    terms["r1"] = r1.detach()
+                    note(r1=r1)
                     loss_d = loss_d + args.r1 / 2 * args.r1_every * r1
                 (loss_d / args.accum).backward()
             runtime.set_lr(opt_d, lr)
@@ -273,16 +297,13 @@ def main():
 
         # ---- what a reader of the run wants to know
         done = step + 1
-        for name, value in terms.items():
-            total, n = sums.get(name, (0, 0))
-            sums[name] = total + value.float(), n + 1
         if done % args.log_every == 0 or done == args.iters:
-            names = sorted(sums)
-            means = torch.stack([sums[name][0] / sums[name][1] for name in names])
-            means = dict(zip(names, (runtime.sum_over_processes(means) / runtime.world()).tolist()))
+            total, n = (runtime.sum_over_processes(torch.stack([torch.as_tensor(sums[name][i], dtype=torch.float32)
+                                                                for name in sorted(sums)])) for i in (0, 1))
+            means = dict(zip(sorted(sums), (total / n).tolist()))
             (skipped, broken), (skipped_d, broken_d) = guard_g.check(), guard_d.check()
             values = run.log(done, "train", lr=lr, adv_weight=adv_weight, skipped=skipped, skipped_d=skipped_d, **means)
-            sums = {}
+            sums.clear()
             shown = ("loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit")
             run.progress(done, **{name: values[name] for name in shown if name in values},
                          **({"skipped": skipped} if skipped else {}))
@@ -290,16 +311,18 @@ def main():
                 save(done)
                 raise BadInput(f"{guard_g.PATIENCE} steps in a row had non-finite gradients and were skipped; "
                                f"{run.ckpt} holds the last good state: go on with a lower --lr or --dtype fp32")
-        if done % args.eval_every == 0 or done == args.iters:
+        stop = run.stopping()
+        if stop or done % args.save_every == 0:
+            save(done)  # before the validation, which may be longer than what a scheduler grants
+        if not stop and done % args.eval_every == 0 or done == args.iters:
             picture = run.out / "samples" / f"{done:07}.png"
-            values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture)
+            values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture, bad_val)
             values = run.log(done, "val", **values)
             run.progress(done, **{"val " + k: values[k] for k in ("l1", "psnr", "perceptual", "usage", "perplexity")})
             if values["usage"] < 0.5 and runtime.is_main():
                 print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the validation set "
                       f"(H near ln K does not show it)", flush=True)
-        stop = run.stopping()
-        if stop or done % args.save_every == 0 or done == args.iters:
+        if done == args.iters:
             save(done)
         if stop:
             if runtime.is_main():

@@ -38,11 +38,12 @@ def perturb(x, generator):
 
 
 @torch.no_grad()
-def validate(net, loader, device):
+def validate(net, loader, device, bad):
     """Cross-entropy and accuracy on the validation set."""
     net.eval()
     loss = hits = n = 0
     for images, labels, index in loader:
+        bad(-1 - index[index < 0])
         labels = labels[index >= 0].to(device)
         logits = net(data.to_float(images[index >= 0], device), ("logit",))["logit"]
         loss += F.cross_entropy(logits, labels, reduction="sum")
@@ -67,6 +68,8 @@ def main():
     device = runtime.setup(args.device)
     if runtime.world() > 1:
         raise BadInput("train_vgg.py runs in one process: start it with python, not torchrun")
+    runtime.micro_batch(args)
+    runtime.check_out(args)
     data.check_image_size(args.image_size, 8)
     source, val = data.open_source(args.data), data.open_source(args.val or args.data, "val")
     if not source.classes:
@@ -93,21 +96,23 @@ def main():
     images = data.TrainImages(source, args.image_size, args.crop, args.seed, source.fine_label if fine else None)
     loader = data.train_loader(images, args, start, device)
     val_images = data.EvalImages(val, args.image_size, val.fine_label if fine else None)
+    scale_loader = data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device, 1024)
     val_loader = data.eval_loader(val_images, 200, min(args.workers, 2), device)
-    bad = data.Bad(source)
+    bad, bad_val = data.Bad(source), data.Bad(val)
     labels = {"classes": list(source.classes), "fine": len(data.COLOURS) if fine else 1}
 
     def save(step):
+        measure_scale(net, scale_loader, device)  # a stopped run's file, too, must fit the loss
         run.save(step, model=net.state_dict(), optimizer=optimizer.state_dict(), config=net.config, labels=labels)
 
     batches = iter(loader)
     run.progress(start)
     for step in range(start, args.iters):
-        for _ in range(args.accum):
+        for a in range(args.accum):
             x, y, index = next(batches)
             bad(index)
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
-            generator = torch.Generator().manual_seed(args.seed * args.iters + step)
+            generator = torch.Generator().manual_seed((args.seed * args.iters + step) * args.accum + a)
             with runtime.autocast(device, args.dtype):
                 logits = net(perturb(x, generator), ("logit",))["logit"]
             loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
@@ -118,13 +123,10 @@ def main():
         done = step + 1
         if done % args.log_every == 0 or done == args.iters:
             run.progress(done, **run.log(done, "train", loss=loss.detach()))
-            if guard.check()[1]:
-                save(done)
+            if guard.check()[1]:  # nothing is saved: the statistics of batch norm have seen the bad steps
                 raise BadInput(f"{guard.PATIENCE} steps in a row had non-finite gradients: lower --lr")
-        if done == args.iters:
-            measure_scale(net, data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device, 1024), device)
         if done % args.eval_every == 0 or done == args.iters:
-            run.progress(done, **run.log(done, "val", **validate(net, val_loader, device)))
+            run.progress(done, **run.log(done, "val", **validate(net, val_loader, device, bad_val)))
         stop = run.stopping()
         if stop or done % args.save_every == 0 or done == args.iters:
             save(done)

@@ -21,7 +21,9 @@ CODEBOOKS = ("entropy", "none", "kmeans", "factorized")  # Table 5
 # ------------------------------------------------------------------------------------------ building blocks
 
 def norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)  # 32 groups at the paper's widths
+    """GroupNorm with 32 groups (the paper's widths), or as many as leave four channels in each and divide the width."""
+    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
@@ -147,7 +149,7 @@ class Quantizer(nn.Module):
     outputs, again and again), "factorized" (codes of 32 dimensions on the unit sphere, as in ViT-VQGAN).
     All of it runs in fp32, whatever the autocast."""
 
-    RESERVOIR, KMEANS_EVERY, KMEANS_UNTIL, KMEANS_ROUNDS = 16_384, 2_000, 30_000, 10
+    RESERVOIR, KMEANS_EVERY, KMEANS_UNTIL, KMEANS_ROUNDS = 16_384, 2_000, 30_000, 10  # in forward passes
 
     def __init__(self, kind, K, z_dim, beta=0.25, gamma=0.01, factorized_dim=32):
         super().__init__()
@@ -198,7 +200,7 @@ class Quantizer(nn.Module):
             z = z.reshape(-1, shape[-1])  # (N, n_z)
             if self.kind == "factorized":
                 z = F.normalize(self.down(z), dim=1)
-            if self.kind == "kmeans" and self.training:
+            if self.kind == "kmeans" and self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
                 self._kmeans(z.detach())
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
@@ -222,8 +224,10 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _kmeans(self, z):
         """Keep the newest 16,384 encoder outputs; every 2,000 steps, until step 30,000, replace the codebook by
-        K-means of them. The same on every process: all see all rows, and the only draw is seeded by the step."""
-        z = self.gather(z)[-self.RESERVOIR:]
+        K-means of them. The same on every process: all see all rows, the only draw is seeded by the step, and the sums
+        run on the CPU, in one order (a GPU's differ in the last bit from process to process)."""
+        z = self.gather(z)
+        z = z[z.isfinite().all(1)][-self.RESERVOIR:]  # a bad step must not stay in the memory
         where = (self.filled + torch.arange(len(z), device=z.device)) % self.RESERVOIR
         self.reservoir[where] = z
         self.filled += len(z)
@@ -234,14 +238,13 @@ class Quantizer(nn.Module):
             return
         points = self.reservoir[:min(int(self.filled), self.RESERVOIR)]
         draw = torch.Generator().manual_seed(step)
-        # On a GPU the sums of K-means differ in the last bit from process to process: `sync` makes them one again.
-        self.codebook.copy_(self.sync(kmeans(points, self.K, self.KMEANS_ROUNDS, draw)))
+        self.codebook.copy_(kmeans(points.cpu(), self.K, self.KMEANS_ROUNDS, draw))
 
 
 def kmeans(points, K, rounds, generator):
     """Lloyd's algorithm, points (N, dim) -> centres (K, dim); a centre without points is put on a random one."""
-    pick = lambda n: points[torch.randint(len(points), (n,), generator=generator).to(points.device)]  # noqa: E731
-    centres = points[torch.randperm(len(points), generator=generator)[:K].to(points.device)]
+    pick = lambda n: points[torch.randint(len(points), (n,), generator=generator)]  # noqa: E731
+    centres = points[torch.randperm(len(points), generator=generator)[:K]]
     if len(centres) < K:
         centres = torch.cat([centres, pick(K - len(centres))])
     for _ in range(rounds):
@@ -257,7 +260,7 @@ def kmeans(points, K, rounds, generator):
 def usage_and_perplexity(histogram):
     """Counts (K,) of codes over a validation set -> share of codes hit at least once, exp of the entropy (in codes),
     and the entropy itself in nats."""
-    p = histogram.double() / histogram.sum()
+    p = histogram.cpu().double() / histogram.sum().cpu()
     H = -(p * p.clamp(min=1e-12).log()).sum()
     return (histogram > 0).double().mean().item(), H.exp().item(), H.item()
 

@@ -51,7 +51,8 @@ def test_equation_4(vgg):
     term = {l: (f[l] - g[l]).square().mean() / scale[l] for l in LAYERS}
     assert float(at[0.0]) == pytest.approx(sum(term[l].item() for l in LOW), rel=1e-5)
     assert float(at[1.0]) == pytest.approx(sum(term[l].item() for l in SEM), rel=1e-5)
-    for name, layers in losses.TABLE6.items():
+    table6 = {"low": LOW, "A": LAYERS, "B": LAYERS[1:], "C": LAYERS[2:], "D": LAYERS[3:], "sem": SEM, "E": ("logit",)}
+    for name, layers in table6.items():
         value, shares = PerceptualLoss(net, layers=layers)(x_hat, x)
         assert float(value) == pytest.approx(sum(term[l].item() for l in layers), rel=1e-5), name
         assert set(shares) == set(layers)
@@ -128,6 +129,18 @@ def test_blur_against_loops():
                 assert out[0, c, i, j].item() == pytest.approx(slow.item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [dict(padding=2), dict(padding=1, stride=2)])
+def test_blurs_derivatives(options):
+    torch.manual_seed(0)
+    blur = losses.Blur(3, **options).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
+    plain = F.conv2d(x, blur.kernel, None, blur.stride, blur.padding, groups=3)
+    assert torch.allclose(blur(x), plain)
+    weight = torch.randn_like(plain)
+    assert torch.allclose(*(torch.autograd.grad((y * weight).sum(), x)[0] for y in (blur(x), plain)))
+    assert torch.autograd.gradcheck(blur, x) and torch.autograd.gradgradcheck(blur, x)
+
+
 def test_strided_skip_equals_blur_then_stride():
     torch.manual_seed(0)
     block = losses.DiscriminatorBlock(4, 6)
@@ -139,7 +152,7 @@ def test_strided_skip_equals_blur_then_stride():
 def test_equalised_rate():
     torch.manual_seed(0)
     conv, linear = losses.EqualConv(8, 4, 3, padding=1), losses.EqualLinear(50, 3)
-    assert float(conv.weight.std()) == pytest.approx(1, abs=0.1)
+    assert conv.weight.std().item() == pytest.approx(1, abs=0.1)
     x = torch.randn(1, 8, 5, 5)
     assert torch.allclose(conv(x), F.conv2d(x, conv.weight / math.sqrt(72), padding=1), atol=1e-6)
     y = torch.randn(2, 50)

@@ -291,7 +291,8 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
     for words, message in [
             ([*good, "--n", 0], "at least 1"), ([*good, "--top_p", 0], "outside"), ([*good, "--top_p", 1.1], "outside"),
             ([*good, "--top_k", 17], "top_k is 17"), ([*good, "--cfg", 1], "without a null class"),
-            ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "classes 0 to 9"), (["--prior", prior], "needs --tokenizer"),
+            ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "classes 0 to 9"),
+            (["--prior", prior], "needs --tokenizer"),
             (["--prior", tokenizer, "--tokenizer", tokenizer], "holds a tokenizer checkpoint"),
             (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"), ([], "give one of"),
             (["--teacher_forced", "shapes"], "belong together"),

@@ -56,11 +56,11 @@ def test_a_used_folder_is_refused_and_resumed(tmp_path):
     with pytest.raises(BadInput, match="in use by another run"):
         runtime.Run(arguments(tmp_path, resume=True), "tokenizer")
     fcntl.flock(run.lock, fcntl.LOCK_UN)
-    other = runtime.Run(arguments(tmp_path, resume=True, lr=0.2), "tokenizer")
-    with pytest.raises(BadInput, match=r"made with --lr 0.1, not 0.2"):
+    other = runtime.Run(arguments(tmp_path, resume=True, batch_size=8), "tokenizer")
+    with pytest.raises(BadInput, match=r"made with --batch_size 4, not 8"):
         other.resume()
     fcntl.flock(other.lock, fcntl.LOCK_UN)
-    again = runtime.Run(arguments(tmp_path, resume=True), "tokenizer")
+    again = runtime.Run(arguments(tmp_path, resume=True, lr=0.2), "tokenizer")  # another rate is allowed
     assert again.resume()["step"] == 2
     lines = [json.loads(line) for line in again.metrics.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and lines[1]["loss"] is None

@@ -231,6 +231,25 @@ def test_kmeans_codebook_is_set_from_encoder_outputs(monkeypatch):
     assert sum(not torch.equal(a, b) for a, b in zip(codes, codes[1:])) == 3  # steps 4, 8, 12
 
 
+def test_kmeans_leaves_fixed_codes_and_bad_rows_alone(monkeypatch):
+    torch.manual_seed(0)
+    q = Quantizer("kmeans", 8, 4)
+    q.requires_grad_(False)  # phase 2
+    before = q.codebook.clone()
+    for _ in range(5):
+        q(torch.randn(2, 4, 4, 4))
+    assert torch.equal(q.codebook, before)
+    q.requires_grad_(True)
+    for i in range(5):
+        q(torch.full((2, 4, 4, 4), float("nan")) if i == 0 else torch.randn(2, 4, 4, 4))
+    assert q.codebook.isfinite().all() and not torch.equal(q.codebook, before)
+
+
+@pytest.mark.parametrize("width, groups", [(128, 32), (512, 32), (16, 4), (48, 12), (144, 24)])
+def test_groups_divide_the_width(width, groups):
+    assert vq.norm(width).num_groups == groups
+
+
 def test_usage_and_perplexity():
     usage, perplexity, H = vq.usage_and_perplexity(torch.tensor([5, 5, 0, 0]))
     assert (usage, perplexity, H) == pytest.approx((0.5, 2.0, math.log(2)))
