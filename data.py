@@ -473,12 +473,15 @@ class _Positions:
         return (iters - start) * len(offsets)
 
 
+def choose(total, n):
+    """Indices of all images, or of n drawn at random, the same ones every time (the first n may be of one class)."""
+    return sorted(np.random.default_rng(0).permutation(total)[:n].tolist()) if 0 < n < total else list(range(total))
+
+
 def eval_loader(dataset, batch_size, workers, device, n=0):
-    """All images, or n of them (the same ones every time, drawn at random: the first n of a folder are one class).
-    Batches are dealt out over the processes in turn; no image comes twice, none is padded in."""
-    chosen = list(range(len(dataset)))
-    if 0 < n < len(dataset):
-        chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:n].tolist())
+    """All images, or `choose`'s n. Batches are dealt out over the processes in turn; no image comes twice, none is
+    padded in."""
+    chosen = choose(len(dataset), n)
     batches = [chosen[i:i + batch_size] for i in range(0, len(chosen), batch_size)]
     return loader(dataset, batches[runtime.rank()::runtime.world()], workers, device)
 

@@ -451,7 +451,8 @@ def parse(argv):
     add("--image_size", type=runtime.positive, default=0, help="shorter side to this and centre crop, not "
         "of an npz; default: the tokenizer's, or images as they are, which must then be of one size")
     add("--split", choices=["train", "val"], help="of shapes (default: val with --tokenizer, else train)")
-    add("--n", type=runtime.count, default=0, help="that many images of each set, drawn at random (0: all)")
+    # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
+    add("--n", "--count", type=runtime.count, default=0, help="that many images of each set, drawn at random (0: all)")
     add("--resize", choices=list(RESIZES), help="tf1 (default; torch-fidelity, ADM) or pytorch (pytorch-fid)")
     add("--inception", help=f"a local copy of {WEIGHTS} (default: downloaded)")
     add("--features", help="a classifier of train_vgg.py in Inception's place: another distance, no FID")

@@ -58,25 +58,27 @@ def parse():
 # ------------------------------------------------------------------------------------------- the code cache
 
 class Views(Dataset):
-    """Row i * views + v: view v of image i, (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
+    """Row j * views + v: view v of image chosen[j], (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
 
-    def __init__(self, source, size, crop, views, seed):
+    def __init__(self, source, size, crop, views, seed, n=0):
         self.images, self.views = data.TrainImages(source, size, crop, seed), views
+        self.chosen = data.choose(len(source), n)
 
     def __len__(self):
-        return len(self.images.source) * self.views
+        return len(self.chosen) * self.views
 
     def __getitem__(self, row):
-        return self.images.view(row // self.views, row)
+        return self.images.view(self.chosen[row // self.views], row)
 
 
-def encode_dataset(folder, source, model, tokenizer, args, crop, views, device):
-    """Codes of all views of all images: folder/codes.bin (uint16 memmap, (rows, N)), labels.bin (int32 memmap),
+def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, device):
+    """Codes of all views of all (n: of n) images: folder/codes.bin (uint16 memmap, (rows, N)), labels.bin (int32), and
     meta.json. Chunks of rows are shared out over the processes; those already marked in done.bin (by a run that was
     killed) are skipped, and a cache made of another tokenizer or data set is refused. Returns (codes, labels)."""
     folder, N = Path(folder), (args.image_size // model.f) ** 2
-    rows = len(source) * views
-    meta = {"tokenizer": tokenizer, "data": source.signature(), "images": len(source), "views": views, "crop": crop,
+    dataset = Views(source, args.image_size, crop, views, args.seed, n)
+    rows = len(dataset)
+    meta = {"tokenizer": tokenizer, "data": source.signature(), "rows": rows, "views": views, "crop": crop,
             "image_size": args.image_size, "tokens": N, "K": model.quantizer.K, "seed": args.seed}
     sizes = {"codes.bin": ((rows, N), np.uint16), "labels.bin": ((rows,), np.int32),
              "done.bin": ((-(-rows // CHUNK),), np.uint8)}
@@ -107,10 +109,11 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, device):
     runtime.barrier()
     codes, labels, done = (np.memmap(folder / name, dtype, "r+", shape=shape) for name, (shape, dtype) in sizes.items())
 
-    todo = [c for c in range(len(done)) if not done[c]][runtime.rank()::runtime.world()]
+    # Shared out by number, not by what is left: another process may have marked a chunk by the time this one looks.
+    todo = [c for c in range(runtime.rank(), len(done), runtime.world()) if not done[c]]
     if todo:
         chunks = [range(c * CHUNK, min((c + 1) * CHUNK, rows)) for c in todo]
-        loader = data.loader(Views(source, args.image_size, crop, views, args.seed), chunks, args.workers, device)
+        loader = data.loader(dataset, chunks, args.workers, device)
         progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
         for c, chunk, (images, y, index) in zip(todo, chunks, loader):
             bad(index)
@@ -205,10 +208,16 @@ def main():
     if args.compile or (args.compile is None and device.type == "cuda"):
         tokenizer.encoder.compile()
     folder = Path(args.codes or run.out / "codes")
+    val_n = 0
+    if not args.val and args.data != "shapes":
+        val_n = 5000
+        if runtime.is_main():
+            print("no --val: the validation loss is of 5000 training images, and shows no overfitting", flush=True)
     codes, val_codes = (
-        Codes(*encode_dataset(folder / name, images, tokenizer, fingerprint, args, crop, views, device),
+        Codes(*encode_dataset(folder / name, images, tokenizer, fingerprint, args, crop, views, n, device),
               views, args, device)
-        for name, images, crop, views in (("train", source, args.crop, args.views), ("val", val, "center", 1)))
+        for name, images, crop, views, n in (("train", source, args.crop, args.views, 0),
+                                             ("val", val, "center", 1, val_n)))
     K, N, h = tokenizer.quantizer.K, codes.codes.shape[1], args.image_size // tokenizer.f
     for cache in (codes, val_codes):
         y = cache.labels

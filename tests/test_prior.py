@@ -272,7 +272,7 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
             (["--classes", 5], "has 10 classes, more than"), (["--tokenizer", prior], "holds a prior checkpoint"),
             (["--codes", codes, "--tokenizer", other], "another `tokenizer`"),
             (["--codes", codes, "--data", photos, "--val", photos], "another `data`"),
-            (["--codes", codes, "--views", 3], "another `images`|another `views`"),
+            (["--codes", codes, "--views", 3], "another `rows`|another `views`"),
             (["--kind", "gan"], "invalid choice"), (["--label_dropout", 1], "outside"),
             (["--label_dropout", 0.1, "--classes", 0], "needs classes"),
             (["--batch_size", 7, "--accum", 2], "divisible")]:
