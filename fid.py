@@ -133,7 +133,7 @@ class Inception(nn.Module):
                 raise BadInput(f"{file} is torchvision's Inception with ImageNet's 1000 classes: FID is "
                                f"defined on that of 2015, with 1008; give {WEIGHTS}")
             net.load_state_dict(state)
-        except (RuntimeError, KeyError, TypeError, AttributeError):
+        except (RuntimeError, KeyError, TypeError, AttributeError, IndexError):
             raise BadInput(f"{file} does not have the layout of {WEIGHTS}") from None
         if self.weights != SHA256:
             warn(f"{stranger}: do not compare these numbers with a paper's")

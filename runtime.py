@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,9 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         # Under torchrun the other processes may sit in a collective; do not wait for them, torchrun ends them.
         os._exit(2) if world() > 1 else sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130) if world() > 1 else sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -121,7 +125,8 @@ def setup(device="auto"):
         raise BadInput(f"--device {device}: this machine has none; use --device auto")
     if "RANK" in os.environ and not dist.is_initialized():
         # Two backends in one group: tensors on the GPU travel by nccl, flags and counts on the host by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        # Two hours: after long shared work (encoding a data set) the processes do not arrive together.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=2))
     if device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
@@ -273,6 +278,15 @@ def save_file(path, write):
                        f"same command again (training: with --resume); {before}") from error
 
 
+def make_room(path, size):
+    """Make a file of `size` zero bytes that are really there: a sparse file would meet a full disk later, as SIGBUS."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate") and size:
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:  # macOS
+            file.truncate(size)
+
+
 def load_checkpoint(path, kind):
     """Read a checkpoint of `kind` ("tokenizer", "prior", "vgg") on the CPU as a plain dict, or BadInput."""
     path = Path(path)
@@ -288,6 +302,16 @@ def load_checkpoint(path, kind):
         raise BadInput(f"{path} holds {f'a {found} checkpoint' if found else 'something else'}, "
                        f"but a {kind} checkpoint is needed here")
     return state
+
+
+def lock(file, sentence):
+    """Lock an open file for as long as it is open; BadInput(sentence) if another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BadInput(sentence) from None
+    except OSError:
+        pass  # some network file systems have no locks
 
 
 def check_out(args):
@@ -312,13 +336,8 @@ class Run:
             self.lock = open(self.out / "lock", "w") if is_main() else None  # held as long as the run lives
         except OSError as error:
             raise BadInput(f"--out {self.out} can't be written ({error.strerror})") from None
-        try:
-            if self.lock:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{self.out} is in use by another run: choose another --out") from None
-        except OSError:
-            pass  # some network file systems have no locks
+        if self.lock:
+            lock(self.lock, f"{self.out} is in use by another run: choose another --out")
         self.board = None
         if args.tensorboard and is_main():
             try:
@@ -327,8 +346,6 @@ class Run:
                 raise BadInput("--tensorboard needs the package: pip install tensorboard") from None
             self.board = SummaryWriter(self.out)
         self.signal, self.told = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
         self.clock = self.began = None
 
     def _on_signal(self, number, frame):
@@ -340,7 +357,10 @@ class Run:
         self.signal, self.told = number, time.monotonic()
 
     def resume(self):
-        """The checkpoint to go on from (after a check that the flags still match), or None to start."""
+        """The checkpoint to go on from (after a check that the flags still match), or None to start. From here on
+        SIGTERM and SIGINT are heeded at the end of a step (`stopping`); before, they end the program as usual."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
         if not self.ckpt.exists():
             if is_main():
                 self.metrics.unlink(missing_ok=True)  # of a run that died before its first checkpoint

@@ -7,9 +7,10 @@
     python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
 
 Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and sampler.json. Sample i
-depends on (--seed, i) alone, not on the number of processes.
+depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size).
 """
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,8 @@ def parse():
     add("--top_p", type=runtime.bounded(float, 0, 1, above=True), help="AR; default 0.92 (Table 10, ImageNet)")
     add("--top_k", type=runtime.count, default=0, help="AR: keep the k most probable codes; 0: all")
     add("--temperature", type=runtime.rate, default=1.0, help="divides the logits")
-    add("--steps", type=runtime.positive, default=12, help="NAR: decoding steps T")
-    add("--choice_temperature", type=runtime.weight, default=0.45, help="NAR: noise on the confidence (Table 10)")
+    add("--steps", type=runtime.positive, help="NAR: decoding steps T; default 12")
+    add("--choice_temperature", type=runtime.weight, help="NAR: noise on the confidence; default 0.45 (Table 10)")
     add("--cfg", type=runtime.weight, default=0.0, help="classifier-free guidance; 0: off, as in the paper")
     add("--teacher_forced", default="", help="images (file, folder, shapes) to predict with ground-truth context")
     add("--runs", nargs="+", default=[], help="PRIOR:TOKENIZER pairs for --teacher_forced")
@@ -67,7 +68,7 @@ def load_pair(prior_path, tokenizer_path, device):
                        f"codebook): give that one, or its phase 2")
     prior = Transformer(**state["config"])
     prior.load_state_dict(state["ema"] or state["model"])
-    return prior.requires_grad_(False).eval().to(device), tokenizer, state
+    return prior.eval().to(device), tokenizer, state  # not frozen: autocast keeps its bf16 copies only of what is not
 
 
 def to_uint8(images):
@@ -82,37 +83,49 @@ def draw(args, device):
     classes, ar = prior.config["classes"], prior.kind == "ar"
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")
-    cycle = torch.tensor(args.labels or range(max(classes, 1)))
+    # by default the classes that the data had: rows of classes never seen were never trained
+    cycle = torch.tensor(args.labels or range(len(state["classes"]) if classes else 1))
     labels = cycle[torch.arange(args.n) % len(cycle)]
     options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k}
     if ar:
+        if args.steps or args.choice_temperature is not None:
+            raise BadInput(f"--steps and --choice_temperature are for NAR; {args.prior} is an AR prior")
         options["top_p"] = 0.92 if args.top_p is None else args.top_p
     else:
-        options |= {"top_p": args.top_p or 1.0, "steps": args.steps, "choice_temperature": args.choice_temperature}
+        choice = 0.45 if args.choice_temperature is None else args.choice_temperature
+        options |= {"top_p": args.top_p or 1.0, "steps": args.steps or 12, "choice_temperature": choice}
     out, size = Path(args.out), tokenizer.image_size
     if (out / "samples.npz").exists():
         raise BadInput(f"{out} already holds samples: choose another --out")
-    with runtime.refusing():  # generate checks its arguments: try them on one sample of one step's cost
-        prior.check(1, labels[:1] if classes else None, **options)
-        if classes and labels.max() >= classes:
-            raise ValueError(f"--labels {int(labels.max())}: the prior has classes 0 to {classes - 1}")
-    runtime.barrier()  # no process makes the folder before all have looked
-    (out / "png").mkdir(parents=True, exist_ok=True) if args.png else out.mkdir(parents=True, exist_ok=True)
+    with runtime.refusing():
+        prior.check(args.n, labels if classes else None, **options)
+    # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
+    # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
+    b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
+    torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
+    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
+                "prior": args.prior, "prior_step": state["step"], "tokenizer": args.tokenizer,
+                "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
+                "torch": str(torch.__version__)}
 
     # All processes write their rows of one file; it becomes the npz in the end.
     shape, part = (args.n, size, size, 3), out / "samples.part"
-    if runtime.is_main():
-        np.memmap(part, np.uint8, "w+", shape=shape).flush()
+    try:
+        (out / "png" if args.png else out).mkdir(parents=True, exist_ok=True)
+        if runtime.is_main():
+            (out / "sampler.json").write_text(json.dumps(settings, indent=1) + "\n")
+            runtime.make_room(part, math.prod(shape))
+    except OSError as error:
+        raise BadInput(f"--out {out} can't be written ({error.strerror})") from None
     runtime.barrier()
     samples, progress = np.memmap(part, np.uint8, "r+", shape=shape), runtime.Progress(args.n, "samples", 20)
-    b = min(args.batch_size, args.n)
     for first in range(runtime.rank() * b, args.n, runtime.world() * b):
-        ids = torch.arange(first, first + b)  # the last batch is filled up: equal sizes, equal rounding
+        ids = torch.arange(first, first + b)
         keep = min(b, args.n - first)
         with runtime.autocast(device, args.dtype):
             y = labels[ids % args.n] if classes else None
             indices = prior.generate(ids.tolist(), args.seed, y, **options)
-            images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
+        images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
         samples[first:first + keep] = images[:keep]
         for i in range(first, first + keep) if args.png else ():
             Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
@@ -125,10 +138,6 @@ def draw(args, device):
         part.unlink()
         some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
         data.save_grid(out / "grid.png", some, 8)
-        settings = {"n": args.n, "seed": args.seed, "batch_size": args.batch_size, "kind": prior.kind, **options,
-                    "labels": args.labels, "prior": args.prior, "prior_step": state["step"],
-                    "tokenizer": args.tokenizer, "fingerprint": state["tokenizer"], "torch": str(torch.__version__)}
-        (out / "sampler.json").write_text(json.dumps(settings, indent=1) + "\n")
         print(f"{args.n} samples in {out}/samples.npz, the first of them in {out}/grid.png")
 
 
@@ -174,11 +183,15 @@ def teacher_forced(args, device):
         conditional = bool(prior.config["classes"])
         if conditional and labels.max() >= prior.config["classes"]:
             raise BadInput(f"--labels {int(labels.max())}: {prior_path} has classes 0 to {prior.config['classes'] - 1}")
-        s = tokenizer.encode(x)[1]  # (n, h, w)
-        top1 = prior(s.flatten(1), labels.to(device) if conditional else None).argmax(-1).view_as(s)  # s'
+        parts = []
+        for part, y in zip(x.split(args.batch_size), labels.to(device).split(args.batch_size)):
+            s = tokenizer.encode(part)[1]  # (b, h, w)
+            top1 = prior(s.flatten(1), y if conditional else None).argmax(-1).view_as(s)  # s'
+            parts.append((tokenizer.decode_indices(s), tokenizer.decode_indices(top1), (s == top1).float()))
+        reconstruction, prediction, hits = map(torch.cat, zip(*parts))
         columns += [] if columns else [x]
-        columns += [tokenizer.decode_indices(s), tokenizer.decode_indices(top1)]
-        names.append(f"{100 * (s == top1).float().mean():.1f} % {pair}")
+        columns += [reconstruction, prediction]
+        names.append(f"{100 * hits.mean():.1f} % {pair}")
     out = Path(args.out)
     picture = torch.stack([c.float().clamp(-1, 1) for c in columns], 1).flatten(0, 1)  # image by image
     data.save_grid(out / "teacher_forced.png", picture, len(columns))
@@ -189,7 +202,7 @@ def teacher_forced(args, device):
 
 @torch.no_grad()
 def noise(args, device):
-    """Fig. 8: the share of codes that change under Gaussian noise too weak to see, and the two pictures."""
+    """Fig. 8: the share of codes that change under Gaussian noise too weak to see."""
     tokenizer = vq.load_tokenizer(args.tokenizer, device)
     x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
     generator = torch.Generator().manual_seed(args.seed)

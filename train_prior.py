@@ -40,7 +40,7 @@ def parse():
         help="share of labels replaced by the null class, for guidance; the paper uses none")
     add("--lr_end", type=runtime.weight, help="learning rate at the last step: 5e-6 for ar, 0 for nar")
     add("--decay_start", type=runtime.count, help="step at which the decay begins: 80000 for ar, 50000 for nar")
-    add("--betas", type=runtime.fraction, nargs=2, default=[0.9, 0.96], help="AdamW's")
+    add("--betas", type=runtime.bounded(float, 0, 0.999999), nargs=2, default=[0.9, 0.96], help="AdamW's")
     add("--weight_decay", type=runtime.weight, default=1e-2, help="none on biases, norms, embeddings")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
@@ -68,7 +68,7 @@ class Views(Dataset):
         return len(self.chosen) * self.views
 
     def __getitem__(self, row):
-        return self.images.view(self.chosen[row // self.views], row)
+        return self.images.view(int(self.chosen[row // self.views]), row)
 
 
 def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, device):
@@ -76,12 +76,19 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
     meta.json. Chunks of rows are shared out over the processes; those already marked in done.bin (by a run that was
     killed) are skipped, and a cache made of another tokenizer or data set is refused. Returns (codes, labels)."""
     folder, N = Path(folder), (args.image_size // model.f) ** 2
-    dataset = Views(source, args.image_size, crop, views, args.seed, n)
+    dataset = Views(source, args.image_size, crop, views, seed=0, n=n)  # not --seed: seeds may share a cache
     rows = len(dataset)
     meta = {"tokenizer": tokenizer, "data": source.signature(), "rows": rows, "views": views, "crop": crop,
-            "image_size": args.image_size, "tokens": N, "K": model.quantizer.K, "seed": args.seed}
+            "image_size": args.image_size, "tokens": N, "K": model.quantizer.K}
     sizes = {"codes.bin": ((rows, N), np.uint16), "labels.bin": ((rows,), np.int32),
              "done.bin": ((-(-rows // CHUNK),), np.uint8)}
+    if runtime.is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / "lock", "w")
+        except OSError as error:
+            raise BadInput(f"could not write the codes to {folder} ({error.strerror})") from None
+        runtime.lock(lock, f"{folder} is being written by another run: wait for it, or give another --codes")
     if (folder / "meta.json").exists():
         try:
             found = json.loads((folder / "meta.json").read_text())
@@ -99,9 +106,8 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
                                f"remove the folder {folder}")
     elif runtime.is_main():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, (shape, dtype) in sizes.items():
-                np.memmap(folder / name, dtype, "w+", shape=shape).flush()
+                runtime.make_room(folder / name, math.prod(shape) * np.dtype(dtype).itemsize)
             text = json.dumps(meta).encode()
             runtime.save_file(folder / "meta.json", lambda file: file.write(text))  # last: from now on the cache counts
         except OSError as error:
@@ -117,8 +123,8 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
         progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
         for c, chunk, (images, y, index) in zip(todo, chunks, loader):
             bad(index)
-            with torch.no_grad(), runtime.autocast(device, args.dtype):
-                indices = model.encode(data.to_float(images, device))[1]
+            with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
+                indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
             codes[chunk.start:chunk.stop] = indices.flatten(1).cpu().numpy().astype(np.uint16)
             labels[chunk.start:chunk.stop] = y.numpy()
             codes.flush()
@@ -127,6 +133,8 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
             progress(len(chunk))
         done.flush()
     runtime.barrier()
+    if runtime.is_main():
+        lock.close()
     return codes, labels
 
 
@@ -152,7 +160,8 @@ class Codes:
     def rows(self, rows):
         indices = torch.from_numpy(self.codes[rows].astype(np.int64))
         labels = torch.from_numpy(self.labels[rows].astype(np.int64)) if self.args.classes else None
-        return indices.to(self.device), labels.to(self.device) if self.args.classes else None
+        indices = indices.to(self.device, non_blocking=True)
+        return indices, labels.to(self.device, non_blocking=True) if self.args.classes else None
 
 
 def unigram_entropy(codes, K, rows=20_000):
@@ -173,14 +182,14 @@ def learning_rate(step, args):
 def validate(model, codes, args, device):
     """Validation loss in nats per token (NAR: per masked token, the same masks every time)."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(2, dtype=torch.float64)
     for first in range(runtime.rank() * 64, len(codes.codes), runtime.world() * 64):
         rows = np.arange(first, min(first + 64, len(codes.codes)))
         indices, labels = codes.rows(rows)
         with runtime.autocast(device, args.dtype):
             tokens, labels, mask = model.corrupt(indices, labels, rows, seed=args.seed + 1)
             loss, count = model.loss(model(tokens, labels), indices, mask)
-        total += torch.stack([loss, count]).double()
+        total += torch.stack([loss, count]).cpu().double()
     model.train()
     loss, count = runtime.sum_over_processes(total).tolist()
     return loss / count
@@ -190,6 +199,7 @@ def main():
     args = parse()
     device = runtime.setup(args.device)
     b = runtime.micro_batch(args)
+    runtime.check_out(args)
     tokenizer = vq.load_tokenizer(args.tokenizer, device)
     args.image_size = tokenizer.image_size
     fingerprint = vq.fingerprint(tokenizer)
@@ -212,7 +222,7 @@ def main():
     if not args.val and args.data != "shapes":
         val_n = 5000
         if runtime.is_main():
-            print("no --val: the validation loss is of 5000 training images, and shows no overfitting", flush=True)
+            print("no --val: the validation loss is of some training images, and shows no overfitting", flush=True)
     codes, val_codes = (
         Codes(*encode_dataset(folder / name, images, tokenizer, fingerprint, args, crop, views, n, device),
               views, args, device)

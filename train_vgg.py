@@ -34,7 +34,7 @@ def perturb(x, generator):
     blurred = TF.gaussian_blur(x, [3, 3], [1.0, 1.0])
     x = torch.where(uniform() < 0.5, x, blurred)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
-    return x * (0.8 + 0.4 * uniform()) + noise * 0.15 * uniform()
+    return x * (0.8 + 0.4 * uniform()) + noise * 0.5 * uniform()
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             raise ValueError(f"label_dropout is {label_dropout}: it needs a model with null_class=True")
         if self.kind == "ar" and not label_dropout:  # nothing is drawn
             return indices, labels, torch.ones_like(indices, dtype=torch.bool)
-        u = uniforms(seed, samples, self.tokens + 2).to(indices.device)
+        u = uniforms(seed, samples, self.tokens + 2).to(indices.device, non_blocking=True)
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
         if self.kind == "ar":
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
     def step(self, x, slot, cache):
         """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills the cache.
 
-        Shapes are fixed and nothing is read back to the host, so it compiles once for all slots.
+        Shapes are fixed and nothing is read back to the host.
         """
         x = x + self.slot(slot)
         seen = (torch.arange(self.tokens, device=x.device) <= slot)[None]  # (1, N)
@@ -284,8 +284,8 @@ class Transformer(nn.Module):
 
 def uniforms(seed, samples, n):
     """(B, n) float32 in [0, 1) for B samples: row j is a pure function of (seed, samples[j])."""
-    # the third word keeps these streams apart from those of the data, which are seeded by two
-    rows = [np.random.default_rng([seed, int(i), 1]).random(n, dtype=np.float32) for i in samples]
+    # the third word keeps these streams apart from those of data.py and train_prior.py
+    rows = [np.random.default_rng([seed, int(i), 3]).random(n, dtype=np.float32) for i in samples]
     return torch.from_numpy(np.stack(rows))
 
 

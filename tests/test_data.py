@@ -208,6 +208,15 @@ def test_bad_sources_are_refused(tmp_path, photos):
         data.open_source(str(photos))
 
 
+def test_signatures_tell_data_sets_apart(tmp_path):
+    for name, first in (("a", 0), ("b", 50), ("c", 0)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            data.draw(first + i, i, 32).save(tmp_path / name / f"{i}.png")
+    a, b, c = (Folder(tmp_path / name).signature() for name in "abc")
+    assert a == c != b and Shapes("val").signature() != Shapes().signature()
+
+
 def test_small_images_are_refused(photos):
     data.check_size(Folder(photos), 32, photos)
     with pytest.raises(BadInput, match="smaller than the crop"):

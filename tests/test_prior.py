@@ -114,14 +114,22 @@ def test_an_interrupted_cache_goes_on(train, tmp_path, monkeypatch):
 
 
 def test_a_resumed_prior_is_the_undisturbed_one(train, monkeypatch):
-    words = ["--dropout", 0.1, "--kind", "nar"]
+    words = ["--dropout", 0.1, "--kind", "nar", "--accum", 2, "--label_dropout", 0.2, "--ema", 0.9]
     whole = train(*words, out="whole")
     stopping, calls = runtime.Run.stopping, iter([False, True])
     monkeypatch.setattr(runtime.Run, "stopping", lambda self: next(calls))
     assert train(*words, out="parts")["step"] == 2
     monkeypatch.setattr(runtime.Run, "stopping", stopping)
     parts = train(*words, "--resume", out="parts")
-    assert all(same(whole[k], parts[k]) for k in ("model", "optimizer", "step"))
+    assert all(same(whole[k], parts[k]) for k in ("model", "optimizer", "step", "ema", "ema_state", "best"))
+
+
+def test_a_folder_without_val(train, tmp_path, photos, capsys):
+    train("--data", photos)
+    assert "no --val" in capsys.readouterr().out
+    assert (tmp_path / "prior/codes/val/codes.bin").stat().st_size == 8 * 64 * 2
+    state = torch.load(tmp_path / "prior/ckpt.pt", weights_only=True)
+    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 10
 
 
 def test_sigterm_saves(tokenizer, tmp_path, photos):
@@ -148,8 +156,10 @@ def test_accumulation_equals_the_large_batch(train, monkeypatch, kind):
 
 
 def test_two_processes_equal_one(launch, tokenizer, tmp_path, photos):
+    for i in range(70):  # more than one block of the validation, more than one chunk of the cache
+        data.draw(i, i % 10, 20).save(photos / ("cats", "dogs")[i % 2] / f"{i}.png")
     words = ["train_prior.py", *PRIOR, "--tokenizer", tokenizer, "--data", photos, "--val", photos, "--kind", "nar",
-             "--dropout", 0, "--lr", 1e-4]
+             "--dropout", 0, "--lr", 1e-4, "--views", 7]
     launch([*words, "--out", tmp_path / "one"])
     launch([*words, "--out", tmp_path / "two"], processes=2)
     for file in ("train/codes.bin", "train/labels.bin", "val/codes.bin"):
@@ -182,6 +192,13 @@ def test_samples_on_disk(script, train, tmp_path, tokenizer, kind):
     assert np.array_equal(np.load(tmp_path / "b/samples.npz")["arr_0"], saved["arr_0"][:5])  # sample i is (seed, i)
     script(*words, "--n", 5, "--out", tmp_path / "c", "--labels", 3, 5, "--cfg", 1, "--seed", 1)
     assert not np.array_equal(np.load(tmp_path / "c/samples.npz")["arr_0"], saved["arr_0"][:5])
+
+
+def test_only_classes_of_the_data_are_drawn_by_default(script, train, tmp_path, tokenizer, photos):
+    train("--data", photos)
+    script("sample", "--prior", tmp_path / "prior/ckpt.pt", "--tokenizer", tokenizer, "--device", "cpu", "--n", 4,
+           "--out", tmp_path / "a")
+    assert np.load(tmp_path / "a/samples.npz")["arr_1"].tolist() == [0, 1, 0, 1]
 
 
 def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path, tokenizer):
@@ -269,6 +286,7 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
     other = save_tokenizer(tmp_path / "other.pt", seed=1)
     codes = tmp_path / "prior/codes"
     for words, message in [
+            (["--betas", 1, 1], "outside"),
             (["--classes", 5], "has 10 classes, more than"), (["--tokenizer", prior], "holds a prior checkpoint"),
             (["--codes", codes, "--tokenizer", other], "another `tokenizer`"),
             (["--codes", codes, "--data", photos, "--val", photos], "another `data`"),
@@ -290,8 +308,9 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
     good = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path / "s"]
     for words, message in [
             ([*good, "--n", 0], "at least 1"), ([*good, "--top_p", 0], "outside"), ([*good, "--top_p", 1.1], "outside"),
-            ([*good, "--top_k", 17], "top_k is 17"), ([*good, "--cfg", 1], "without a null class"),
-            ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "classes 0 to 9"),
+            ([*good, "--top_k", 17], "top_k is 17"),
+            ([*good, "--steps", 3], "are for NAR"), ([*good, "--cfg", 1], "without a null class"),
+            ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "use 0 to 9"),
             (["--prior", prior], "needs --tokenizer"),
             (["--prior", tokenizer, "--tokenizer", tokenizer], "holds a tokenizer checkpoint"),
             (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"), ([], "give one of"),
