@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+import losses
 import runtime
 import train_tokenizer
 import vq
@@ -81,14 +82,21 @@ def test_phase_2_begins_at_phase_1s_reconstructions(train, tmp_path):
 
 
 def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, monkeypatch):
-    seen = []
-    step = runtime.Guard.step
+    seen, discs = [], []
+    step, make = runtime.Guard.step, losses.Discriminator
+
+    def remember(*args):
+        discs.append(make(*args))
+        return discs[-1]
 
     def watch(self, optimizer):
+        if len(seen) % 2 == 0:  # the generator's turn: its loss went through the discriminator and left no gradient
+            assert all(p.grad is None for p in discs[-1].parameters())
         params = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append((len(params), all(p.grad is not None for p in params)))
         return step(self, optimizer)
     monkeypatch.setattr(runtime.Guard, "step", watch)
+    monkeypatch.setattr(losses, "Discriminator", remember)
     state = train()
     generators = len([k for k in state["model"] if k.startswith(("encoder", "decoder", "quantizer"))])
     discriminators = len(state["disc"])
@@ -338,7 +346,6 @@ def test_train_vgg(script, photos, tmp_path, monkeypatch):
              "--device", "cpu"]
     monkeypatch.setattr(data.Shapes, "SIZES", {"train": 100, "val": 20})
     script("train_vgg", *words, "--labels", "fine", "--iters", 10, "--out", tmp_path / "fine")
-    import losses
     net = losses.load_vgg(str(tmp_path / "fine" / "ckpt.pt"))
     assert net.config["classes"] == 60 and not net.training
     assert (net.mean_square != 1).all() and net.mean_square.isfinite().all()
