@@ -39,18 +39,23 @@ $launch train_tokenizer.py $common --phase 2 --init "$out/phase1/ckpt.pt" \
 
 stage "the prior, AR: a transformer learns to predict the codes"
 $launch train_prior.py --data shapes --tokenizer "$out/phase1/ckpt.pt" --classes 10 --size tiny --views 2 \
-  --batch_size 64 --iters $((steps / 2)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
+  --batch_size 64 --iters $((steps * 2 / 5)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
   --log_every 100 --eval_every 250 --save_every 250 --codes "$out/codes" --out "$out/ar" --resume
 
 stage "the prior, NAR: the same transformer without the causal mask learns to fill masked codes"
 $launch train_prior.py --data shapes --tokenizer "$out/phase1/ckpt.pt" --classes 10 --size tiny --views 2 --kind nar \
-  --batch_size 64 --iters $((steps / 2)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
+  --batch_size 64 --iters $((steps * 2 / 5)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
   --log_every 100 --eval_every 250 --save_every 250 --codes "$out/codes" --out "$out/nar" --resume
 
 stage "samples, decoded by phase 2's decoder: the prior was trained on phase 1's codes, and they are the same"
 for kind in ar nar; do
   [ -e "$out/samples-$kind/samples.npz" ] || python sample.py --prior "$out/$kind/best.pt" \
-    --tokenizer "$out/phase2/ckpt.pt" --n 80 --batch_size 80 --out "$out/samples-$kind"
+    --tokenizer "$out/phase2/ckpt.pt" --n 500 --batch_size 100 --out "$out/samples-$kind"
+done
+for kind in ar nar; do
+  printf '%s: share of samples that the network above takes for the object asked for, and a distance in its features\n' $kind
+  python fid.py --real shapes --split val --image_size 32 --fake "$out/samples-$kind/samples.npz" --workers 0 \
+    --features "$out/vgg/ckpt.pt"
 done
 python sample.py --teacher_forced shapes --n 8 --runs "$out/ar/best.pt:$out/phase1/ckpt.pt" \
   "$out/ar/best.pt:$out/phase2/ckpt.pt" --out "$out/view"
