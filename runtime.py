@@ -422,6 +422,16 @@ class Run:
             self.signal = int(flag)
         return self.signal != 0
 
+    def stopped(self, step):
+        """Say that a signal ended the run after `step`, which is saved."""
+        if is_main():
+            print(f"stopped by a signal; {self.ckpt} holds step {step}, go on with --resume", flush=True)
+
+    def broken(self):
+        """The refusal to go on after a row of skipped steps."""
+        return BadInput(f"{Guard.PATIENCE} steps in a row had non-finite gradients and were skipped; {self.ckpt} holds "
+                        f"the last good state: go on with a lower --lr or --dtype fp32")
+
 
 class Progress:
     """Lines for long work that is no training: `for batch in ...: progress(len(batch))`."""

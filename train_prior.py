@@ -292,8 +292,7 @@ def main():
             run.progress(done, **values)
             if broken:
                 save(done)
-                raise BadInput(f"{guard.PATIENCE} steps in a row had non-finite gradients and were skipped; "
-                               f"{run.ckpt} holds the last good state: go on with a lower --lr or --dtype fp32")
+                raise run.broken()
         if done % args.eval_every == 0 or done == args.iters:
             loss = validate(ema.module if ema else model, val_codes, args, device)
             run.progress(done, **run.log(done, "val", loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss))
@@ -304,8 +303,7 @@ def main():
         if stop or done % args.save_every == 0 or done == args.iters:
             save(done)
         if stop:
-            if runtime.is_main():
-                print(f"stopped by a signal; {run.ckpt} holds step {done}, go on with --resume", flush=True)
+            run.stopped(done)
             return
 
 

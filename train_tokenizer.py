@@ -309,8 +309,7 @@ def main():
                          **({"skipped": skipped} if skipped else {}))
             if broken or broken_d:
                 save(done)
-                raise BadInput(f"{guard_g.PATIENCE} steps in a row had non-finite gradients and were skipped; "
-                               f"{run.ckpt} holds the last good state: go on with a lower --lr or --dtype fp32")
+                raise run.broken()
         stop = run.stopping()
         if stop or done % args.save_every == 0:
             save(done)  # before the validation, which may be longer than what a scheduler grants
@@ -325,8 +324,7 @@ def main():
         if done == args.iters:
             save(done)
         if stop:
-            if runtime.is_main():
-                print(f"stopped by a signal; {run.ckpt} holds step {done}, go on with --resume", flush=True)
+            run.stopped(done)
             return
 
 

@@ -131,7 +131,7 @@ def main():
         if stop or done % args.save_every == 0 or done == args.iters:
             save(done)
         if stop:
-            print(f"stopped by a signal; {run.ckpt} holds step {done}, go on with --resume")
+            run.stopped(done)
             return
 
 

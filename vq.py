@@ -65,6 +65,7 @@ class BlockAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
+        """x (B, C, h, w) -> the same shape: x plus what it attends to."""
         b, c, h, w = x.shape
         p = block_side(h, w)
         t = self.norm(x).reshape(b, c, h // p, p, w // p, p)

@@ -127,6 +127,16 @@ def test_table_1s_and_6s_variants_train(train, tmp_path):
     assert same(vq.load_tokenizer(tmp_path / "run" / "ckpt.pt").state_dict(), state["ema"])
 
 
+def test_tensorboard_gets_the_same_figures(train, tmp_path):
+    pytest.importorskip("tensorboard")
+    train("--tensorboard", "--iters", 2)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    logged = [v["l1"] for v in lines(tmp_path / "run", "train")]
+    assert [e.value for e in events.Scalars("train/l1")] == pytest.approx(logged, rel=1e-5)
+
+
 def test_a_resumed_run_is_the_undisturbed_run(train, monkeypatch):
     whole = train("--ema", 0.9, out="whole")
     stopping = runtime.Run.stopping
