@@ -25,11 +25,10 @@ go() { "$@" & child=$!; wait "$child"; child=""; }
 say() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
-# --- what all training shares. Networks this small gain nothing from torch.compile. The paper adds the losses 1:1:1;
-# in so few steps L1 has to lead, or alpha 1 loses all colour.
+# --- what all training shares. Networks this small gain nothing from torch.compile.
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --r1 1 --val_n 500
-           --l1_weight 5 --eval_every 500 --save_every 200 --seed $seed"
+           --eval_every 500 --save_every 200 --seed $seed"
 prior="$common --classes 10 --size tiny --views 1 --batch_size 32 --iters $((steps * 6 / 10)) --lr 2e-3 --lr_end 1e-4
        --decay_start 0 --dropout 0 --eval_every 100 --save_every 200 --seed $seed"
 

@@ -171,7 +171,7 @@ ABLATIONS = {
     "Table 1": {"base": ("baseline", 3.45, 16.97), "conv": ("+Conv x2", 3.22, 17.19),
                 "attention": ("+Attention x2", 2.90, 17.42), "long": ("2x training", 3.28, 16.19)},
     "Table 5": {"none": ("no regularisation", 4.07, 17.19), "factorized": ("factorized, L2-normed", 2.93, 24.91),
-                "kmeans": ("K-means", 3.54, 16.84), "base": ("entropy", 3.45, 16.97)},
+                "kmeans": ("K-means", 3.54, 16.84), "entropy": ("entropy", 3.45, 16.97)},
     "Table 6": {"base": ("low: five ReLU layers", 3.45, 16.97), "A": ("A: low + logit", 3.01, 15.19),
                 "B": ("B: A less relu1_2", 2.93, 14.47), "C": ("C: B less relu2_2", 2.81, 14.08),
                 "D": ("D: C less relu3_3", 2.62, 13.34), "sem": ("sem: relu5_3 + logit", 2.77, 12.07),

@@ -61,7 +61,7 @@ def test_fidelity_against_its_definition():
 
 
 def test_ablation_rows_stand_beside_the_papers(tmp_path):
-    for name in ("base", "none"):
+    for name in ("entropy", "none"):
         for folder in ("phase1", "ar"):
             (tmp_path / name / folder).mkdir(parents=True)
         lines = [{"step": step, "split": "val", "l1": l1, "loss": loss}
