@@ -126,7 +126,7 @@ class Lsun:
         self.path = os.path.realpath(path)
         if not (Path(path) / "data.mdb").is_file():
             raise BadInput(f"lsun:{path}: no lmdb there (expected {path}/data.mdb)")
-        with self._open().begin() as transaction:
+        with self._open().begin() as transaction, runtime.refusing(f"lsun:{path}"):
             self.keys = np.array(list(transaction.cursor().iternext(values=False)))
         if not len(self.keys):
             raise BadInput(f"lsun:{path} is empty")
@@ -140,6 +140,9 @@ class Lsun:
                 env.close()  # the parent's: here this only frees the path
             try:
                 env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
+                size = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+                if os.path.getsize(os.path.join(self.path, "data.mdb")) < size:  # reading on would be a bus error
+                    raise lmdb.Error(f"data.mdb was cut: it had {size} bytes")
             except lmdb.Error as error:
                 raise BadInput(f"lsun:{self.path} can't be opened ({error})") from None
             Lsun.opened[self.path] = os.getpid(), env
