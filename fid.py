@@ -459,7 +459,7 @@ def parse(argv):
     add("--split", choices=["train", "val"], help="of shapes (default: val with --tokenizer, else train)")
     # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
     add("--n", "--count", type=runtime.count, default=0, help="that many images of each set, drawn at random (0: all)")
-    add("--resize", choices=list(RESIZES), help="tf1 (default; torch-fidelity, ADM) or pytorch (pytorch-fid)")
+    add("--resize", choices=list(RESIZES), help="default tf1 (torch-fidelity, ADM); or pytorch (pytorch-fid)")
     add("--inception", help=f"a local copy of {WEIGHTS} (default: downloaded)")
     add("--features", help="a classifier of train_vgg.py in Inception's place: another distance, no FID")
     add("--save", help="write the statistics of --real to this npz, to be --real later")

@@ -401,6 +401,8 @@ def fuzz(n, folder, rng):
         yield f"damage: {name}", n, failures
     faults, count = [], 0
     for name, load, path in crafted(folder, {name: load for name, load, _ in files}):
+        if n < 50 and rng.random() > 0.1:  # the test-suite's share
+            continue
         count += 1
         if fault := outcome(load, path, None, changes_show=False):
             faults.append(f"{name}: {fault}")
