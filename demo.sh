@@ -1,85 +1,87 @@
 #!/usr/bin/env bash
-# The paper in small: from nothing to both phases of the tokenizer, a prior and samples. No download, no GPU.
+# The paper in miniature: tokenizers at alpha 0 and alpha 1, priors on their codes, samples, and the claims measured.
 #
-#     bash demo.sh            # results in demo/; stop it when you like, run it again and it goes on
+#     bash demo.sh                               # results in demo/; stop it when you like, run it again, it goes on
+#     DEMO_SEED=1 DEMO_OUT=demo1 bash demo.sh    # another seed; several together: python figures.py demo demo1 demo2
+#     DEMO_ALPHAS="0 0.4 1" bash demo.sh         # more tokenizers
+#     DEMO_STEPS=20000 bash demo.sh              # a longer fit, for a GPU
 #
-# Pictures are 32 x 32 (8 x 8 codes), networks have about a million parameters, so that two CPU cores are enough. With
-# so few steps L1 has to lead (--l1_weight 4; the paper's sum is 1:1:1), or phase 1 is all colour fringes.
+# Pictures are 32 x 32 (8 x 8 codes, f = 4), networks have about a million parameters. Each alpha has a core of its own:
+# on a CPU two processes of one thread each are far faster than one of two threads.
 set -euo pipefail
-trap 'exit 130' INT TERM  # a stage that is told to stop saves and ends well; the next must not begin
 cd "$(dirname "$0")"
-out=${DEMO_OUT:-demo}
-steps=${DEMO_STEPS:-3000}              # of phase 1; the other stages follow it
-cores=$(python -c 'import os; print(min(4, os.cpu_count() or 1))')
-# One process per core: on a CPU two processes of one thread each are far faster than one of two threads, and the
-# losses are the same. On a GPU one process is enough.
-gpu=$(python -c 'import torch; print(int(torch.cuda.is_available() or torch.backends.mps.is_available()))')
-if [ "$gpu" = 1 ] || [ "$cores" = 1 ]; then launch=python; else
-  export OMP_NUM_THREADS=1
-  # 4 divides every share of the batch: minibatch deviation then has the groups of a single process
-  launch="python -m torch.distributed.run --standalone --nproc_per_node=$(( cores >= 4 ? 4 : 2 ))"
-fi
-stage() { printf '\n== %s\n' "$1"; }
+out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1}
+steps=${DEMO_STEPS:-1300}      # of phase 1; the other stages follow it
+samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
+lanes=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
+export OMP_NUM_THREADS=1
+mkdir -p "$out"
+
+# --- how it is run: a stage is a command that is told of signals at once, saves, and ends all after it
+child=""
+stop() { trap '' INT TERM; for job in $child $(jobs -p); do kill -TERM "$job" 2> /dev/null || true; done; wait; exit 130; }
+trap stop INT TERM
+go() { "$@" & child=$!; wait "$child"; child=""; }
+say() { printf '== %s\n' "$*"; }
+finished() { [ -e "$1" ]; }
+
+# --- what all training shares. Networks this small gain nothing from torch.compile. The paper adds the losses 1:1:1;
+# in so few steps L1 has to lead, or alpha 1 loses all colour.
+common="--data shapes --workers 0 --no-compile --resume --log_every 100"
+tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --r1 1 --val_n 500
+           --l1_weight 5 --eval_every 500 --save_every 200 --seed $seed"
+prior="$common --classes 10 --size tiny --views 1 --batch_size 32 --iters $((steps * 6 / 10)) --lr 2e-3 --lr_end 1e-4
+       --decay_start 0 --dropout 0 --eval_every 100 --save_every 200 --seed $seed"
+
+# Networks that see: VGG16 knows photographs, not these pictures. Labels are finer than the classes (object x colour),
+# for a network that needs no colour forgets it. One is for the loss; the other, of another seed, is the judge.
+see() { go python train_vgg.py $common --labels fine --image_size 32 --widths 16 32 48 64 96 \
+  --iters $((steps * 3 / 10)) --eval_every 200 --save_every 100 --seed "$1" --out "$out/$2"; }
+
+# Distance of samples to five times as many training pictures in the judge's features, and the share that it takes for the object
+# asked for.
+judge() { finished "$2" || go python fid.py --real "$out/train.npz" --fake "$1" --features "$out/judge/ckpt.pt" \
+  --workers 0 --json "$2"; }
+
+lane() {  # everything about one alpha
+  local alpha=$1 run=$out/alpha$1 phase kind
+  trap stop INT TERM  # a subshell forgets its traps
+  say "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 8 minutes)"
+  go python train_tokenizer.py $tokenizer --alpha "$alpha" --channels 16 32 64 --z_dim 32 --codebook_size 256 \
+    --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 --vq_start $((steps / 8)) --disc_start $((steps / 10)) \
+    --disc_ramp $((steps / 5)) --out "$run/phase1"
+  say "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0 (2 minutes)"
+  go python train_tokenizer.py $tokenizer --phase 2 --init "$run/phase1/ckpt.pt" --iters $((steps * 3 / 10)) \
+    --lr 1e-3 --lr_end 1e-4 --out "$run/phase2"
+  for phase in 1 2; do
+    finished "$run/phase$phase.json" || go python fid.py --real shapes --n "$samples" --workers 0 \
+      --tokenizer "$run/phase$phase/ckpt.pt" --features "$out/judge/ckpt.pt" --json "$run/phase$phase.json"
+  done
+  for kind in ar nar; do
+    say "the $kind prior on phase 1's codes, which are phase 2's as well (3 minutes)"
+    go python train_prior.py $prior --kind $kind --tokenizer "$run/phase1/ckpt.pt" --codes "$run/codes" --out "$run/$kind"
+    for phase in 1 2; do  # the same sampled codes, decoded by either phase
+      finished "$run/$kind$phase/samples.npz" || go python sample.py --prior "$run/$kind/best.pt" --n "$samples" \
+        --tokenizer "$run/phase$phase/ckpt.pt" --batch_size 100 --out "$run/$kind$phase"
+      judge "$run/$kind$phase/samples.npz" "$run/$kind$phase.json"
+    done
+  done
+}
+
 began=$SECONDS
+say "two networks that see: one for the loss, one that judges (2 minutes)"
+(trap stop INT TERM; see 1 vgg) > "$out/vgg.log" 2>&1 & other=$!
+see 2 judge
+wait "$other" || { cat "$out/vgg.log"; exit 1; }
+finished "$out/train.npz" || go python fid.py --real shapes --split train --n $((5 * samples)) --image_size 32 --workers 0 \
+  --features "$out/judge/ckpt.pt" --save "$out/train.npz"
 
-stage "a network that sees: objects and colours (VGG16 knows photographs, not these pictures)"
-python train_vgg.py --data shapes --labels fine --image_size 32 --widths 16 32 48 64 96 \
-  --iters $((steps / 5)) --workers 0 --out "$out/vgg" --resume
-
-common="--data shapes --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --r1 1
-        --l1_weight 4 --workers 0 --val_n 512 --log_every 100 --eval_every 500 --save_every 250 --resume"
-
-stage "phase 1, alpha = 1: encoder, codebook and decoder, for semantic compression"
-$launch train_tokenizer.py $common --alpha 1 --channels 16 32 64 --z_dim 32 --codebook_size 256 \
-  --iters "$steps" --lr 1e-3 --lr_end 1e-4 --disc_start $((steps / 10)) --disc_ramp $((steps / 5)) --out "$out/phase1"
-
-stage "phase 2, alpha = 0: the decoder alone, with attention, for details"
-$launch train_tokenizer.py $common --phase 2 --init "$out/phase1/ckpt.pt" \
-  --iters $((steps / 4)) --lr 5e-4 --lr_end 5e-5 --out "$out/phase2"
-
-stage "the prior, AR: a transformer learns to predict the codes"
-$launch train_prior.py --data shapes --tokenizer "$out/phase1/ckpt.pt" --classes 10 --size tiny --views 2 \
-  --batch_size 64 --iters $((steps * 2 / 5)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
-  --log_every 100 --eval_every 250 --save_every 250 --codes "$out/codes" --out "$out/ar" --resume
-
-stage "the prior, NAR: the same transformer without the causal mask learns to fill masked codes"
-$launch train_prior.py --data shapes --tokenizer "$out/phase1/ckpt.pt" --classes 10 --size tiny --views 2 --kind nar \
-  --batch_size 64 --iters $((steps * 2 / 5)) --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --workers 0 \
-  --log_every 100 --eval_every 250 --save_every 250 --codes "$out/codes" --out "$out/nar" --resume
-
-stage "samples, decoded by phase 2's decoder: the prior was trained on phase 1's codes, and they are the same"
-for kind in ar nar; do
-  [ -e "$out/samples-$kind/samples.npz" ] || python sample.py --prior "$out/$kind/best.pt" \
-    --tokenizer "$out/phase2/ckpt.pt" --n 500 --batch_size 100 --out "$out/samples-$kind"
+for alpha in $alphas; do
+  while [ "$(jobs -rp | wc -l)" -ge "$lanes" ]; do sleep 1; done
+  (lane "$alpha") 2>&1 | (trap '' INT TERM; while IFS= read -r line; do echo "alpha $alpha | $line"; done) &
 done
-for kind in ar nar; do
-  printf '%s: share of samples that the network above takes for the object asked for, and a distance in its features\n' $kind
-  python fid.py --real shapes --split val --image_size 32 --fake "$out/samples-$kind/samples.npz" --workers 0 \
-    --features "$out/vgg/ckpt.pt"
-done
-python sample.py --teacher_forced shapes --n 8 --runs "$out/ar/best.pt:$out/phase1/ckpt.pt" \
-  "$out/ar/best.pt:$out/phase2/ckpt.pt" --out "$out/view"
+wait  # a lane that failed has said why; figures.py then misses its files and ends this script with an error
 
-stage "what came out (held-out pictures; one seed, one alpha: a demonstration, not a result)"
-python - "$out" <<'PY'
-import json, sys, torch
-import data, vq
-out = sys.argv[1]
-last = lambda run: [v for v in map(json.loads, open(f"{out}/{run}/metrics.jsonl")) if v["split"] == "val"][-1]
-one, two, ar, nar = map(last, ("phase1", "phase2", "ar", "nar"))
-print(f"{'':24}{'phase 1':>10}{'phase 2':>10}")
-for name, text in (("l1", "L1"), ("psnr", "PSNR (dB)"), ("usage", "share of codes used"), ("perplexity", "perplexity of codes")):
-    print(f"{text:24}{one[name]:10.3f}{two[name]:10.3f}")
-print(f"prior, nats a code: ln K {ar['lnK']:.3f}, without context {ar['H']:.3f}, AR {ar['loss']:.3f}, "
-      f"NAR {nar['loss']:.3f} (masked codes)")
-models = [vq.load_tokenizer(f"{out}/{run}/ckpt.pt") for run in ("phase1", "phase2")]
-print("codes of both phases are", "the same" if len({vq.fingerprint(m) for m in models}) == 1 else "DIFFERENT")
-images = data.EvalImages(data.Shapes("val"), 32)
-x = data.to_float(torch.stack([images[i][0] for i in range(100, 116)]), torch.device("cpu"))
-with torch.no_grad():
-    rows = [x] + [m(x)[0] for m in models]
-data.save_grid(f"{out}/reconstructions.png", torch.cat(rows), 16, scale=2)
-print(f"look at {out}/reconstructions.png (input, phase 1, phase 2), {out}/samples-ar/grid.png, "
-      f"{out}/samples-nar/grid.png, {out}/view/teacher_forced.png")
-PY
-echo "done in $(( (SECONDS - began) / 60 )) min $(( (SECONDS - began) % 60 )) s"
+say "what came out. One seed decides nothing: README.md has the same table over several"
+go python figures.py "$out"
+echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"

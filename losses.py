@@ -127,7 +127,7 @@ class PerceptualLoss(nn.Module):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha {alpha} is outside [0, 1]")
         self.net = net.requires_grad_(False).eval()
-        weights = {l: alpha * (l in SEM) + (1 - alpha) * (l in LOW) for l in LAYERS}
+        weights = {l: alpha * (l in SEM) + (1 - alpha) * (l in LOW) for l in LAYERS}  # Eq. 4
         if layers:
             weights = {l: float(l in layers) for l in LAYERS}
         self.weights = {l: w for l, w in weights.items() if w}  # no work for layers that weigh nothing

@@ -210,18 +210,22 @@ def teacher_forced(args, device):
 
 
 @torch.no_grad()
+def changed_codes(tokenizer, x, sigma, seed):
+    """Share of the codes of x (n, 3, S, S) that are others after Gaussian noise of sigma (images in [0, 1])."""
+    generator, changed = torch.Generator().manual_seed(seed), []
+    for part in x.split(64):
+        # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
+        noisy = part + 2 * sigma * torch.randn(part.shape, generator=generator).to(x.device)
+        changed.append((tokenizer.encode(part)[1] != tokenizer.encode(noisy)[1]).float())
+    return torch.cat(changed).mean().item()
+
+
 def noise(args, device):
     """Fig. 8: the share of codes that change under Gaussian noise too weak to see."""
     tokenizer = vq.load_tokenizer(args.tokenizer, device)
     x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
-    generator = torch.Generator().manual_seed(args.seed)
-    changed = total = 0
-    for part in x.split(args.batch_size):
-        # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
-        noisy = part + 2 * args.sigma * torch.randn(part.shape, generator=generator).to(device)
-        changed += (tokenizer.encode(part)[1] != tokenizer.encode(noisy)[1]).sum().item()
-        total += part.shape[0] * (tokenizer.image_size // tokenizer.f) ** 2
-    print(f"{100 * changed / total:.2f} % of {total} codes change under noise of sigma {args.sigma}")
+    changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
+    print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")
 
 
 def main():

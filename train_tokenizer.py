@@ -59,6 +59,8 @@ def parse():
     add("--adv_weight", type=runtime.weight, default=0.1, help="weight of the adversarial loss; 0: no discriminator")
     add("--beta", type=runtime.weight, default=0.25, help="weight of the commitment term within the VQ loss")
     add("--gamma", type=runtime.weight, default=0.01, help="weight of the entropy term within the VQ loss")
+    # Ours, for short runs: codes from U(-1/K, 1/K) take hundreds of steps to spread, which is nothing in 500,000.
+    add("--vq_start", type=runtime.count, default=0, help="steps without quantization; then codes begin at K-means")
     add("--disc_start", type=runtime.count, default=0, help="step at which the adversarial weight begins to rise")
     add("--disc_ramp", type=runtime.count, help="steps over which it rises: 20000; with --init: 0")
     add("--disc_channels", type=runtime.positive, nargs=2, default=[128, 512], help="at full resolution, at most")
@@ -95,6 +97,8 @@ def settle_shape(args):
             runtime.restore(args.init, lambda: vq.VQModel(**init["config"]), init["ema"] or init["model"])
     elif args.phase == 2:
         raise BadInput("--phase 2 needs --init: the checkpoint of a finished phase 1")
+    if args.vq_start and (init or args.codebook == "kmeans"):
+        raise BadInput("--vq_start is for a codebook that has no start: not with --init, nor with --codebook kmeans")
     for name, value in shape.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -248,6 +252,10 @@ def main():
         lr = runtime.cosine(step, args.iters, args.lr, args.lr_end)
         adv_weight = args.adv_weight * losses.ramp(step, args.disc_start, args.disc_ramp)
         pairs = []
+        if step < args.vq_start:
+            model.quantizer.start = "bypass"
+        elif step == args.vq_start and step:
+            model.quantizer.start = "kmeans"
 
         # ---- the tokenizer's step
         if disc:

@@ -159,6 +159,7 @@ class Quantizer(nn.Module):
         self.kind, self.K, self.beta, self.gamma = kind, K, beta, gamma
         self.sync = lambda mean: mean  # mean over processes, with gradient; a training script sets it
         self.gather = lambda rows: rows  # rows of all processes
+        self.start = ""  # "bypass" or "kmeans": where a run with --vq_start stands
         dim = z_dim
         if kind == "factorized":
             dim = factorized_dim
@@ -203,6 +204,14 @@ class Quantizer(nn.Module):
                 z = F.normalize(self.down(z), dim=1)
             if self.kind == "kmeans" and self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
                 self._kmeans(z.detach())
+            if self.training and self.start == "bypass":  # --vq_start: a plain autoencoder, nothing is quantized yet
+                return z_hat, None, {"vq": z.new_zeros(())}
+            if self.training and self.start == "kmeans":  # then the codes begin where the encoder's outputs are
+                rows = self.gather(z.detach())
+                rows = rows[rows.isfinite().all(1)]
+                if len(rows):  # a bad step: the next one will do
+                    self._set_codes(rows, 0)
+                    self.start = ""
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
             z_q = F.embedding(indices, self.codes())
@@ -237,9 +246,11 @@ class Quantizer(nn.Module):
         first = int(self.filled) >= 4 * self.K and int(self.filled) - len(z) < 4 * self.K  # its own start
         if not (first or (step and step % self.KMEANS_EVERY == 0 and step <= self.KMEANS_UNTIL)):
             return
-        points = self.reservoir[:min(int(self.filled), self.RESERVOIR)]
-        draw = torch.Generator().manual_seed(step)
-        self.codebook.copy_(kmeans(points.cpu(), self.K, self.KMEANS_ROUNDS, draw))
+        self._set_codes(self.reservoir[:min(int(self.filled), self.RESERVOIR)], step)
+
+    @torch.no_grad()
+    def _set_codes(self, points, seed):
+        self.codebook.copy_(kmeans(points.cpu(), self.K, self.KMEANS_ROUNDS, torch.Generator().manual_seed(seed)))
 
 
 def kmeans(points, K, rounds, generator):

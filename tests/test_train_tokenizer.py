@@ -137,14 +137,15 @@ def test_tensorboard_gets_the_same_figures(train, tmp_path):
     assert [e.value for e in events.Scalars("train/l1")] == pytest.approx(logged, rel=1e-5)
 
 
-def test_a_resumed_run_is_the_undisturbed_run(train, monkeypatch):
-    whole = train("--ema", 0.9, out="whole")
+@pytest.mark.parametrize("start", [0, 4])  # 4: stopped while nothing is quantized yet
+def test_a_resumed_run_is_the_undisturbed_run(train, monkeypatch, start):
+    whole = train("--ema", 0.9, "--vq_start", start, out="whole")
     stopping = runtime.Run.stopping
     calls = iter([False, False, True] + [False] * 9)
     monkeypatch.setattr(runtime.Run, "stopping", lambda self: next(calls))
-    assert train("--ema", 0.9, out="parts")["step"] == 3
+    assert train("--ema", 0.9, "--vq_start", start, out="parts")["step"] == 3
     monkeypatch.setattr(runtime.Run, "stopping", stopping)
-    parts = train("--ema", 0.9, "--resume", out="parts")
+    parts = train("--ema", 0.9, "--vq_start", start, "--resume", out="parts")
     assert all(same(whole[k], parts[k]) for k in WEIGHTS)
 
 
@@ -235,8 +236,8 @@ runtime.run(lambda: None)  # leaves the process group
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("codebook", ["kmeans", "factorized"])
-def test_codebooks_survive_processes(tmp_path, launch, codebook):
+@pytest.mark.parametrize("codebook, start", [("kmeans", ""), ("factorized", ""), ("entropy", "kmeans")])
+def test_codebooks_survive_processes(tmp_path, launch, codebook, start):
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
@@ -244,7 +245,7 @@ import torch, runtime, vq
 runtime.setup("cpu")
 torch.manual_seed(0)
 q = vq.Quantizer({codebook!r}, 16, 8)
-q.sync, q.gather, q.KMEANS_EVERY = runtime.mean_over_processes, runtime.gather_rows, 2
+q.sync, q.gather, q.KMEANS_EVERY, q.start = runtime.mean_over_processes, runtime.gather_rows, 2, {start!r}
 for step in range(6):
     torch.manual_seed(step)
     z = torch.randn(8, 8, 4, 4).chunk(runtime.world())[runtime.rank()]
@@ -330,6 +331,7 @@ def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
             (["--alpha", 1.5], "outside its range"), (["--image_size", 17], "multiple of 2"),
             (["--batch_size", 7, "--accum", 2], "not divisible"), (["--data", tmp_path / "none"], "no such folder"),
             (["--data", tmp_path / "empty"], "holds no images"), (["--phase", 2], "needs --init"),
+            (["--vq_start", 2, "--codebook", "kmeans"], "has no start"),
             (["--data", photos, "--image_size", 256], "smaller than the crop"),
             (["--phase", 2, "--init", good, "--z_dim", 16], "not the shape of --init"),
             (["--phase", 2, "--init", good, "--disc_channels", 4, 8], "does not fit"),

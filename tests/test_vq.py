@@ -231,6 +231,23 @@ def test_kmeans_codebook_is_set_from_encoder_outputs(monkeypatch):
     assert sum(not torch.equal(a, b) for a, b in zip(codes, codes[1:])) == 3  # steps 4, 8, 12
 
 
+def test_the_short_start_bypasses_then_sets_the_codes():
+    q = Quantizer("entropy", 8, 4)
+    z, before = torch.randn(4, 4, 4, 4), q.codebook.detach().clone()
+    q.start = "bypass"
+    z_q, indices, losses = q(z)
+    assert torch.equal(z_q, z) and indices is None and losses["vq"] == 0
+    assert torch.equal(q.codebook, before)
+    assert q.eval()(z)[1].shape == (4, 4, 4)  # validation quantizes all the same
+    q.train().start = "kmeans"
+    q(torch.full_like(z, torch.nan))  # a bad step is no start
+    assert torch.equal(q.codebook, before) and q.start == "kmeans"
+    points = z.permute(0, 2, 3, 1).reshape(-1, 4)
+    q(z)
+    assert torch.equal(q.codebook, vq.kmeans(points, 8, q.KMEANS_ROUNDS, torch.Generator().manual_seed(0)))
+    assert q.start == "" and len(q(z)[1].unique()) == 8
+
+
 def test_kmeans_leaves_fixed_codes_and_bad_rows_alone(monkeypatch):
     torch.manual_seed(0)
     q = Quantizer("kmeans", 8, 4)

@@ -1,0 +1,121 @@
+"""figures.py on figures with a known verdict, and demo.sh in seconds: mechanics, not claims."""
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import figures
+import losses
+import vq
+from runtime import BadInput
+
+
+def seeds(*pairs, name="l1"):
+    """Runs in which all figures are 1, but `name` at alpha 0 and alpha 1, a pair a seed."""
+    keys = {row[0] for row in figures.ROWS}
+    keys |= {key + end for key, *_ in figures.PHASES for end in ("_2", "1", "2")}
+    blank = dict.fromkeys(keys, 1.0) | {"same_codes": True}
+    return [{0.0: blank | {name: low}, 1.0: blank | {name: high}} for low, high in pairs]
+
+
+def test_verdicts_need_all_seeds_and_three_of_them():
+    assert figures.verdict([1, 2, 3], [2, 3, 4], "higher") == "seen"
+    assert figures.verdict([1, 2, 3], [2, 3, 4], "lower") == "not seen"
+    assert figures.verdict([1, 2, 3], [2, 3, 2], "higher") == "undecided"
+    assert figures.verdict([1, 2], [2, 3], "higher") == "2 of 2: undecided"
+    assert figures.verdict([1], [2], "") == ""
+
+
+def test_the_tables_hold_means_spreads_and_verdicts():
+    text = figures.tables(seeds((0.05, 0.1), (0.06, 0.12), (0.07, 0.14)))
+    line = next(line for line in text.splitlines() if line.startswith("| L1 of reconstructions (images"))
+    assert line.endswith("| 0.060 ± 0.010 | 0.120 ± 0.020 | higher | seen |")
+    line = next(line for line in text.splitlines() if line.startswith("| L1 of reconstructions | 1 "))
+    assert "| 0.120 ± 0.020 | 1.000 ± 0.000 | lower | not seen |" in line
+    assert "bitwise unchanged" in text
+    runs = seeds((0.05, 0.1))
+    runs[0][1.0]["same_codes"] = False
+    assert "CHANGED" in figures.tables(runs)
+
+
+def test_fidelity_against_its_definition():
+    torch.manual_seed(0)
+    judge = losses.SmallVGG([8, 8, 16, 16, 16], 10).eval()
+    x, error = torch.rand(4, 3, 16, 16) - 0.5, torch.zeros(4, 3, 16, 16)
+    error[:, :, ::2] = 0.2  # averages to 0.1 over each block
+
+    def tokenizer(part):
+        return part + error[:len(part)], None, None
+    found = figures.fidelity(tokenizer, judge, x)
+    assert found["l1"] == pytest.approx(0.1, rel=1e-5)
+    assert found["colour"] == pytest.approx(0.1, rel=1e-5)
+    assert found["psnr"] == pytest.approx(-10 * torch.tensor(0.1 ** 2 / 2).log10().item(), rel=1e-5)
+    a, b = (judge(image, ("logit",))["logit"] for image in (x + error, x))
+    assert found["logit"] == pytest.approx(((a - b).square().sum() / b.square().sum()).item(), rel=1e-4)
+
+
+def test_ablation_rows_stand_beside_the_papers(tmp_path):
+    for name in ("base", "none"):
+        for folder in ("phase1", "ar"):
+            (tmp_path / name / folder).mkdir(parents=True)
+        lines = [{"step": step, "split": "val", "l1": l1, "loss": loss}
+                 for step, l1, loss in ((1, 0.1, 5.0), (2, 0.08, 4.5), (3, 0.07, 4.75))]
+        for folder in ("phase1", "ar"):
+            (tmp_path / name / folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
+        (tmp_path / name / "phase1.json").write_text('{"FD": 2.5, "usage": 0.5}')
+        (tmp_path / name / "ar1.json").write_text('{"FD": 12.5}')
+    text = figures.ablation_tables(tmp_path)
+    assert "| entropy | 0.070 | 2.50 | 50.0 | 4.500 | 12.50 | 3.45 | 16.97 |" in text
+    assert "| no regularisation | 0.070 | 2.50 | 50.0 | 4.500 | 12.50 | 4.07 | 17.19 |" in text
+    assert "K-means" not in text  # was not run
+
+
+def test_bad_input_is_one_sentence(script, tmp_path):
+    with pytest.raises(BadInput, match="nothing to do"):
+        script("figures")
+    with pytest.raises(BadInput, match="holds no folders alpha0"):
+        figures.alphas(tmp_path)
+    (tmp_path / "alpha1").mkdir()
+    with pytest.raises(BadInput, match="phase1.json can't be read"):
+        figures.read_json(tmp_path / "alpha1" / "phase1.json")
+    assert figures.alphas(tmp_path) == {1.0: tmp_path / "alpha1"}
+
+
+def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path):
+    # every process of the demonstration draws 300 + 60 pictures instead of 20,000 + 2,000
+    (tmp_path / "sitecustomize.py").write_text("import data\ndata.Shapes.SIZES = {'train': 300, 'val': 60}\n")
+    out = tmp_path / "demo"
+    env = os.environ | {"DEMO_OUT": str(out), "DEMO_STEPS": "10", "DEMO_SAMPLES": "20", "CUDA_VISIBLE_DEVICES": "",
+                        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    start = ["bash", str(ROOT / "demo.sh")]
+    demo = subprocess.Popen(start, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "alpha0" / "phase1" / "metrics.jsonl").exists():
+        assert demo.poll() is None, demo.stdout.read()
+        time.sleep(0.2)
+    demo.send_signal(signal.SIGTERM)
+    text = demo.communicate(timeout=120)[0]  # ends when its last child has
+    assert demo.returncode == 130, text
+    assert not (out / "table.md").exists()
+
+    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 of 1: undecided" in done.stdout or "0 of 1: undecided" in done.stdout
+    assert "bitwise unchanged" in (out / "table.md").read_text()
+    measured = json.loads((out / "table.json").read_text())[0]
+    assert sorted(measured) == ["0.0", "1.0"]
+    for name, rows in (("view.png", 7), ("samples.png", 4), ("phases.png", 8)):
+        with Image.open(out / name) as image:
+            assert image.size == (200 + 10 * 100, rows * 100)
+    # nothing is left to do, and nothing is done again
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("ckpt.pt")}
+    assert len(before) == 10
+    subprocess.run(start, env=env, check=True, capture_output=True, timeout=280)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    assert vq.fingerprint(vq.load_tokenizer(out / "alpha1" / "phase1" / "ckpt.pt")) == \
+        vq.fingerprint(vq.load_tokenizer(out / "alpha1" / "phase2" / "ckpt.pt"))
