@@ -27,7 +27,7 @@ from transformer import Transformer
 # What each way of using the script reads, beside --device.
 USED = {"prior": "tokenizer n out labels png batch_size seed dtype "
                  "top_p top_k temperature steps choice_temperature cfg",
-        "teacher_forced": "runs n out labels batch_size", "noise": "tokenizer n batch_size seed sigma"}
+        "teacher_forced": "runs n out labels batch_size", "noise": "tokenizer n seed sigma"}
 
 
 def parse():
