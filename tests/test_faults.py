@@ -33,8 +33,8 @@ import train_tokenizer
 import vq
 from runtime import BadInput
 
-SCRIPTS = {"train_tokenizer": [], "train_vgg": [], "train_prior": ["--tokenizer", "T"], "sample": [], "data": [],
-           "fid": ["--real", "A"]}  # with the flags that must be there
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "runtime.Parser(" in path.read_text())
+NEEDED = {"train_prior": ["--tokenizer", "T"], "fid": ["--real", "A"]}  # flags that must be there
 VGG = ["--image_size", 16, "--widths", *[8] * 5, "--batch_size", 8, "--workers", 0, "--iters", 6, "--device", "cpu"]
 
 
@@ -94,14 +94,14 @@ def parser_of(name, monkeypatch):
 
 
 def flags(parser):
-    return [action for action in parser._actions if action.dest != "help"]
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_has_a_help_text(name, monkeypatch):
     shared = (ROOT / "runtime.py").read_text() + (ROOT / "data.py").read_text()
     text = (ROOT / f"{name}.py").read_text() + (shared if name.startswith("train") else "")
-    for action in flags(parser_of(name, monkeypatch)):
+    for action in parser_of(name, monkeypatch)._actions[1:]:  # the first is --help
         assert action.help, action.dest
         assert re.search(rf"\bargs\.{action.dest}\b(?! = )", text), f"--{action.dest} is read nowhere"
 
@@ -118,18 +118,18 @@ def test_every_flag_refuses_what_it_is_not(name, monkeypatch, stop, tmp_path):
         count = action.nargs if isinstance(action.nargs, int) else 1
         for value in ("0.5", "1" * 30) if action.type else ():  # neither is a number that is counted in
             with contextlib.suppress(BadInput):
-                taken = vars(parser.parse_args([*SCRIPTS[name], flag, *[value] * max(1, count)]))[action.dest]
+                taken = vars(parser.parse_args([*NEEDED.get(name, []), flag, *[value] * max(1, count)]))[action.dest]
                 assert np.asarray(taken).dtype == float, (flag, value)
         for value in wrong:
             with pytest.raises(BadInput) as error:
-                parser.parse_args([*SCRIPTS[name], flag, *[value] * max(1, count)])
+                parser.parse_args([*NEEDED.get(name, []), flag, *[value] * max(1, count)])
             assert "\n" not in str(error.value) and flag in str(error.value), (flag, value)
         if action.nargs == 0:
             with pytest.raises(BadInput):
-                parser.parse_args([*SCRIPTS[name], f"{flag}=1"])
+                parser.parse_args([*NEEDED.get(name, []), f"{flag}=1"])
         with pytest.raises(BadInput, match="empty"):
-            parser.parse_args([*SCRIPTS[name], f"{flag}="])
-    assert "unrecognized" in stop(name, *SCRIPTS[name], "--resme")
+            parser.parse_args([*NEEDED.get(name, []), f"{flag}="])
+    assert "unrecognized" in stop(name, *NEEDED.get(name, []), "--resme")
     assert not list(tmp_path.iterdir())  # before any work
 
 
@@ -175,7 +175,7 @@ def test_the_readme_has_every_flag_with_its_default(name, row, words, monkeypatc
     actions = {action.dest: action for action in flags(parser)}
     told, defaults = table[row], {dest: action.default for dest, action in actions.items()}
     if name.startswith("train"):  # the script fills in what depends on other flags
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *SCRIPTS[name], *words])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *NEEDED.get(name, []), *words])
         args = importlib.import_module(name).parse()
         if name == "train_tokenizer" and not words:
             train_tokenizer.settle_shape(args)
@@ -189,7 +189,7 @@ def test_the_readme_has_every_flag_with_its_default(name, row, words, monkeypatc
         elif defaults[dest] is None:  # known only when the checkpoint is: as the help text says
             assert f"default {value[0]}" in actions[dest].help, dest
         else:
-            assert vars(parser.parse_args([*SCRIPTS[name], f"--{dest}", *value]))[dest] == defaults[dest], dest
+            assert vars(parser.parse_args([*NEEDED.get(name, []), f"--{dest}", *value]))[dest] == defaults[dest], dest
 
 
 # ------------------------------------------------------------------------------------------------------- the disk
@@ -226,6 +226,12 @@ def test_a_disk_that_fills_up_leaves_the_last_good_state(stop, disk, script, tok
     monkeypatch.setattr(sample.Transformer, "generate", None)  # they are all there: none is drawn again
     script(*words)
     assert np.load(tmp_path / "s/samples.npz")["arr_0"].std((1, 2, 3)).min() > 0 and not (tmp_path / "s/part").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="macOS")
+def test_room_is_really_made(tmp_path):
+    runtime.Rows(tmp_path, {}, 4, codes=((1000, 1000), np.uint16)).close()
+    assert (tmp_path / "codes.bin").stat().st_blocks * 512 >= 2_000_000  # a sparse file would be a bus error later
 
 
 def test_a_line_is_logged_whole_or_not(disk, tmp_path):
@@ -542,6 +548,7 @@ def test_odd_images_are_read_or_named_and_counted(tmp_path, capsys, stop, recwar
         for *_, index in data.train_loader(data.TrainImages(source, 8, "random", 0), type(
                 "A", (), dict(batch_size=19, accum=1, iters=1, workers=0)), 0, torch.device("cpu")):
             bad(index)
+    (tmp_path / "odd" / os.fsdecode(b"\xff.jpg")).write_bytes(b"")  # a name that is no text, and must be printed
     stop("data", "--data", tmp_path / "odd", "--image_size", 8, "--workers", 0, "--preview", tmp_path / "p.png")
     with pytest.raises(BadInput, match="unreadable image .*: a metric skips none"):
         images = fid.Images(str(tmp_path / "odd"), 1)
