@@ -27,6 +27,8 @@ import runtime
 from runtime import BadInput
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# By content, whatever the name says. Not all that PIL knows: it would have Ghostscript run a PostScript "photo.jpg".
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_BAD = 0.01  # a larger share of unreadable images stops a run
 
 
@@ -49,19 +51,31 @@ class Folder:
     """A folder of class folders (labels in alphabetical order, any depth below), or a flat folder (no labels)."""
 
     def __init__(self, root):
+        def fail(error):  # a folder that can't be entered must not pass for an empty one
+            raise BadInput(f"{error.filename} can't be read ({error.strerror})")
+
         self.root = Path(root)
         if not self.root.is_dir():
             raise BadInput(f"{root}: no such folder; --data takes shapes, lsun:PATH, or a folder of images")
         folders = sorted(e.name for e in os.scandir(self.root) if e.is_dir() and not e.name.startswith("."))
-        files, labels, self.classes = [], [], []
+        files, labels, self.classes, others = [], [], [], []
         for folder in folders:
-            found = sorted(os.path.relpath(os.path.join(base, name), self.root)
-                           for base, _, names in os.walk(self.root / folder) for name in names if _is_image(name))
+            names = sorted(os.path.relpath(os.path.join(base, name), self.root)
+                           for base, _, names in os.walk(self.root / folder, onerror=fail) for name in names)
+            found = [name for name in names if _is_image(os.path.basename(name))]
+            others += sorted({*names} - {*found})
             if found:
                 files += found
                 labels += [len(self.classes)] * len(found)
                 self.classes.append(folder)
-        flat = sorted(e.name for e in os.scandir(self.root) if e.is_file() and _is_image(e.name))
+            else:
+                others.append(folder + "/")
+        visible = sorted(e.name for e in os.scandir(self.root) if e.is_file() and not e.name.startswith("."))
+        flat = [name for name in visible if _is_image(name)]
+        others += sorted({*visible} - {*flat})
+        if others and runtime.is_main():
+            print(f"note: {len(others)} file(s) or folder(s) in {root} are no images by their names and are left out: "
+                  f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}", flush=True)
         if files and flat:
             raise BadInput(f"{root} holds both images ({flat[0]}, ...) and class folders of images "
                            f"({self.classes[0]}, ...): move one of them elsewhere")
@@ -112,7 +126,7 @@ class Lsun:
         self.path = os.path.realpath(path)
         if not (Path(path) / "data.mdb").is_file():
             raise BadInput(f"lsun:{path}: no lmdb there (expected {path}/data.mdb)")
-        with self._open().begin() as transaction:
+        with self._open().begin() as transaction, runtime.refusing(f"lsun:{path}"):
             self.keys = np.array(list(transaction.cursor().iternext(values=False)))
         if not len(self.keys):
             raise BadInput(f"lsun:{path} is empty")
@@ -126,6 +140,9 @@ class Lsun:
                 env.close()  # the parent's: here this only frees the path
             try:
                 env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
+                size = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+                if os.path.getsize(os.path.join(self.path, "data.mdb")) < size:  # reading on would be a bus error
+                    raise lmdb.Error(f"data.mdb was cut: it had {size} bytes")
             except lmdb.Error as error:
                 raise BadInput(f"lsun:{self.path} can't be opened ({error})") from None
             Lsun.opened[self.path] = os.getpid(), env
@@ -157,12 +174,16 @@ def decode(file, name, at_least=0):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file, formats=FORMATS)
             if at_least:
                 image.draft(None, (at_least, at_least))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a pixel
+                if not 0 <= image.getextrema()[0] <= image.getextrema()[1] <= 65535:
+                    raise ValueError("32 bits a pixel")
                 image = Image.fromarray((np.asarray(image, np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if image.mode == "F":  # of which nobody knows where white is
+                raise ValueError("floats for pixels")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -516,7 +537,7 @@ def check_size(source, size, spec):
     sides = []
     for i in np.unique(np.linspace(0, len(source) - 1, 64).astype(int)):
         try:
-            with Image.open(source.name(i)) as image:
+            with Image.open(source.name(i), formats=FORMATS) as image:
                 sides.append(min(image.size))
         except Exception:  # unreadable: reported when it is met
             continue
@@ -568,12 +589,15 @@ def main():
     parser = runtime.Parser(__doc__)
     parser.add_argument("--data", default="shapes", help="shapes, a folder of images, or lsun:PATH")
     parser.add_argument("--split", choices=["train", "val"], default="train", help="which of shapes' two sets")
-    parser.add_argument("--image_size", type=runtime.positive, default=256, help="side of the processed images")
+    parser.add_argument("--image_size", type=runtime.side, default=256, help="side of the processed images")
     parser.add_argument("--out", default="", help="write the processed images there as PNG, in class folders")
     parser.add_argument("--n", type=runtime.count, default=0, help="look at the first N images only (0: all)")
     parser.add_argument("--preview", default="preview.png", help="where the preview goes")
-    parser.add_argument("--workers", type=runtime.count, default=os.cpu_count(), help="data loading processes")
+    parser.add_argument("--workers", type=runtime.workers, default=min(8, os.cpu_count()),
+                        help="data loading processes")
     args = parser.parse_args()
+    if "split" in parser.given and args.data != "shapes":
+        raise BadInput("--split is for shapes, which has two sets")
     device, source = torch.device("cpu"), open_source(args.data, args.split)
     n = min(args.n or len(source), len(source))
     if args.out and Path(args.out).exists() and any(Path(args.out).iterdir()):

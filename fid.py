@@ -10,8 +10,8 @@ A side is a folder of images, `shapes`, `lsun:PATH`, an npz of samples (ADM's: a
 labels in arr_1) or a statistics file (an npz with mu and sigma: ours, pytorch-fid's, ADM's). Real and
 generated images both pass through uint8. Features are fp32 (no bf16, no TF32), sums over images float64.
 """
-import hashlib
 import json
+import math
 import os
 import platform
 import struct
@@ -115,14 +115,11 @@ class Inception(nn.Module):
         file = Path(path) if path else published_weights()
         if not file.is_file():
             raise BadInput(f"--inception {file}: no such file; leave the flag out to download {WEIGHTS}")
-        self.resize, self.weights = resize, sha256(file)
+        self.resize, self.weights = resize, runtime.sha256(file)
         stranger = f"{file} is not the published file (its sha256 begins with {self.weights}, not {SHA256})"
         if not path and self.weights != SHA256:
             raise BadInput(f"{stranger}: it is damaged; delete it, and it is downloaded again")
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise BadInput(f"{file} is damaged or holds no weights ({type(error).__name__})") from None
+        state = runtime.load_weights(file)
         net = tv.Inception3(num_classes=self.ways, aux_logits=False, init_weights=False)
         net.Mixed_5b, net.Mixed_5c, net.Mixed_5d = BlockA(192, 32), BlockA(256, 64), BlockA(288, 64)
         net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e = map(BlockC, [768] * 4, [128, 160, 160, 192])
@@ -177,9 +174,12 @@ class Classifier(nn.Module):
         super().__init__()
         import losses  # only here: Inception needs nothing of the tokenizer's code
         self.labels = runtime.load_checkpoint(path, "vgg")["labels"]  # refuses all other files
-        self.net, self.weights, self.name = losses.load_vgg(path), sha256(path), f"FD (features of {path})"
+        self.net, self.weights, self.name = losses.load_vgg(path), runtime.sha256(path), f"FD (features of {path})"
         self.dims, self.ways = self.net.classifier.in_features, self.net.classifier.out_features
-        self.fine = self.labels["fine"]  # its labels are class * fine + colour family, or classes (fine 1)
+        with runtime.refusing(path):  # its labels are class * fine + colour family, or classes (fine 1)
+            self.fine = self.labels["fine"]
+            if len(self.labels["classes"]) * self.fine != self.ways:
+                raise ValueError(f"{self.ways} outputs for {len(self.labels['classes'])} classes")
 
     def knows(self, source):
         """Whether the labels of `source` are this network's classes (in an npz they have no names)."""
@@ -191,10 +191,6 @@ class Classifier(nn.Module):
         """uint8 (B, 3, H, W) -> penultimate features (B, dims) and logits (B, ways), fp32."""
         out = self.net(data.to_float(images, images.device), ("penultimate", "logit"))
         return out["penultimate"], out["logit"]
-
-
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
 
 # ------------------------------------------------------------------------------------------- sets of images
@@ -209,9 +205,13 @@ class Samples:
         self.path, self.array = path, None
         try:
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+                if damaged := archive.testzip():  # images are read past the checksums below
+                    raise ValueError(f"{damaged} is damaged")
                 np.lib.format.read_magic(member)
                 self.shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 info, header = archive.getinfo("arr_0.npy"), member.tell()
+            if not dtype.hasobject and info.file_size - header != math.prod(self.shape) * dtype.itemsize:
+                raise ValueError(f"arr_0 is {info.file_size - header} bytes, too many or too few for {self.shape}")
             with open(path, "rb") as file:
                 file.seek(info.header_offset + 26)  # a member begins with 30 bytes, its name, an extra field
                 self.offset = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + header
@@ -219,15 +219,18 @@ class Samples:
                 self.labels = arrays.get("arr_1")
                 if not dtype.hasobject and (fortran or info.compress_type != zipfile.ZIP_STORED):
                     self.array = arrays["arr_0"]
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged file can raise nearly anything
             raise BadInput(f"{path} holds neither samples (arr_0) nor mu and sigma: {error}") from None
         if dtype.hasobject:
             raise BadInput(f"{path}: arr_0 is pickled Python objects, which can run code: it is not loaded")
         if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3:
             raise BadInput(f"{path}: arr_0 is {dtype} {self.shape}, but samples are uint8 (N, H, W, 3) in "
                            f"0..255: scale, round and clip them first, as a PNG would")
-        if self.labels is not None and self.labels.shape != self.shape[:1]:
-            raise BadInput(f"{path}: {self.shape[0]} samples, but arr_1 has the shape {self.labels.shape}")
+        if min(self.shape[1:]) < 1:
+            raise BadInput(f"{path}: arr_0 is {self.shape}: images without pixels")
+        if self.labels is not None and (self.labels.shape != self.shape[:1] or self.labels.dtype.kind not in "iu"):
+            raise BadInput(f"{path}: {self.shape[0]} samples, but arr_1, their classes, is {self.labels.dtype} of the "
+                           f"shape {self.labels.shape}")
         self.classes = () if self.labels is None else range(int(self.labels.max(initial=0)) + 1)
 
     def __len__(self):
@@ -382,7 +385,7 @@ def is_statistics(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+    except Exception:  # damaged, or no zip at all: whoever reads it says so
         return False
 
 
@@ -392,18 +395,21 @@ def load_statistics(path, net):
         with np.load(path) as arrays:
             mean, cov = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in ("mu", "sigma"))
             notes = {key: arrays[key].item() for key in ("resize", "weights", "n", "words") if key in arrays}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            notes["n"] = int(notes.get("n", 0))
+    except Exception as error:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} can't be read as statistics ({error})") from None
     if mean.shape != (net.dims,) or cov.shape != (net.dims, net.dims):
         raise BadInput(f"{path} holds statistics of {mean.numel()} features, not of {net.dims} as here")
     if not (mean.isfinite().all() and cov.isfinite().all()):
         raise BadInput(f"{path}: its mu or sigma are not finite")
+    if (cov - cov.T).abs().max() > 1e-6 * cov.abs().max() or (cov.diagonal() < 0).any():
+        raise BadInput(f"{path}: its sigma is no covariance (not symmetric, or a variance below 0)")
     for key, ours in (("resize", net.resize), ("weights", net.weights)):
         if notes.get(key, ours) != ours:
             raise BadInput(f"{path} was made with {key} {notes[key]}, not with {ours} as here: make it again")
     if "resize" not in notes:
         warn(f"{path} does not say how it was made; see to it that it was with --resize {net.resize}")
-    return Gaussian(mean, cov, notes.get("n", 0), f"{path} ({notes.get('words', 'statistics')})")
+    return Gaussian(mean, cov, notes["n"], f"{path} ({notes.get('words', 'statistics')})")
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -448,23 +454,24 @@ def parse(argv):
     add("--real", required=True, help="reference: a folder, shapes, lsun:PATH, npz of samples, statistics")
     add("--fake", help="what is judged: likewise")
     add("--tokenizer", help="checkpoint: judge its reconstructions of --real (rFID, usage, perplexity)")
-    add("--image_size", type=runtime.positive, default=0, help="shorter side to this and centre crop, not "
+    add("--image_size", type=runtime.side, default=0, help="shorter side to this and centre crop, not "
         "of an npz; default: the tokenizer's, or images as they are, which must then be of one size")
     add("--split", choices=["train", "val"], help="of shapes (default: val with --tokenizer, else train)")
     # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
     add("--n", "--count", type=runtime.count, default=0, help="that many images of each set, drawn at random (0: all)")
-    add("--resize", choices=list(RESIZES), help="tf1 (default; torch-fidelity, ADM) or pytorch (pytorch-fid)")
+    add("--resize", choices=list(RESIZES), help="default tf1 (torch-fidelity, ADM); or pytorch (pytorch-fid)")
     add("--inception", help=f"a local copy of {WEIGHTS} (default: downloaded)")
     add("--features", help="a classifier of train_vgg.py in Inception's place: another distance, no FID")
     add("--save", help="write the statistics of --real to this npz, to be --real later")
     add("--json", help="write the result, and all that it depends on, to this file")
     add("--batch_size", type=runtime.positive, default=64, help="images at a time, per process")
-    add("--workers", type=runtime.count, default=min(8, os.cpu_count()), help="that load data, per process")
+    add("--workers", type=runtime.workers, default=min(8, os.cpu_count()), help="that load data, per process")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: the best there is")
     args = parser.parse_args(argv)
     same = args.fake and os.path.realpath(args.real) == os.path.realpath(args.fake)
     no_images = (args.tokenizer or args.save) and is_statistics(args.real)
     lost = [p for p in (args.save, args.json) if p and not Path(p).absolute().parent.is_dir()]
+    pictures = [p for p in (args.real, args.fake) if p and not is_statistics(p)]
     bad_save = args.save and (not args.save.endswith(".npz") or Path(args.save).exists())
     for wrong, sentence in (
             (args.fake and args.tokenizer, "--fake and --tokenizer are two questions: ask one at a time"),
@@ -473,6 +480,8 @@ def parse(argv):
              "--features stands in Inception's place: leave out --inception and --resize"),
             (same, f"--real and --fake are both {args.real}: their distance is 0"),
             (args.split and "shapes" not in (args.real, args.fake), "--split is for shapes alone"),
+            (not pictures and (args.n or args.image_size),
+             "--n and --image_size choose and crop images, but --real and --fake are both statistics"),
             (no_images, f"{args.real} holds statistics, but --tokenizer and --save need images"),
             (lost, f"{', '.join(lost)}: there is no such folder to write to"),
             (bad_save, f"--save {args.save}: give a new file, with a name that ends in .npz")):
@@ -512,11 +521,6 @@ def main(argv=None):
 
     g_real, g_fake = (s.gaussian() if isinstance(s, Sums) else s for s in (real, fake))
     result = {"real": g_real.words, "n_real": g_real.n, "resize": net.resize, "weights": net.weights}
-    if args.save:  # mu and sigma, as pytorch-fid calls them: it can read the file too
-        arrays = {"mu": g_real.mean.numpy(), "sigma": g_real.covariance.numpy(), "n": g_real.n,
-                  "words": g_real.words, "resize": net.resize, "weights": net.weights}
-        runtime.save_file(args.save, lambda file: np.savez(file, **arrays))
-        print(f"saved the statistics of {g_real.words} in {args.save}")
     if g_fake:
         name = "rFID" if tokenizer and not args.features else net.name
         value = frechet(g_real.mean, g_real.covariance, g_fake.mean, g_fake.covariance)
@@ -537,6 +541,11 @@ def main(argv=None):
     eye = f"features of {args.features}" if args.features else f"Inception of 2015, --resize {net.resize}"
     judged = f"{g_fake.words} against " if g_fake else ""
     print(f"measured: {judged}{g_real.words}; {eye}, weights {net.weights}")
+    if args.save:  # mu and sigma, as pytorch-fid calls them: it can read the file too
+        arrays = {"mu": g_real.mean.numpy(), "sigma": g_real.covariance.numpy(), "n": g_real.n,
+                  "words": g_real.words, "resize": net.resize, "weights": net.weights}
+        runtime.save_file(args.save, lambda file: np.savez(file, **arrays))
+        print(f"saved the statistics of {g_real.words} in {args.save}")
     if args.json:
         versions = {module.__name__: module.__version__ for module in (torch, torchvision, np)}
         result |= {"versions": versions | {"python": platform.python_version()}, "args": vars(args)}

@@ -1,7 +1,6 @@
 """What the tokenizer is trained against: the semantic-enhanced perceptual loss (Sec. 3.3.1, Eq. 4) and a StyleGAN2
 discriminator (Sec. 6.1: "the style-based discriminator [34]"). Images are float (B, 3, H, W) in [-1, 1].
 """
-import hashlib
 import math
 import urllib.error
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from runtime import BadInput, load_checkpoint
+from runtime import BadInput, load_checkpoint, load_weights, restore, sha256
 
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
 SEM = ("relu5_3", "logit")  # L_per^sem: semantics
@@ -97,14 +96,12 @@ def load_vgg(spec):
         raise BadInput(f"--vgg {spec}: no such file; give `imagenet`, a copy of vgg16-{VGG16_SHA256}.pth, or the "
                        f"ckpt.pt of train_vgg.py")
     else:
-        try:
-            state = torch.load(spec, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise BadInput(f"--vgg {spec} is damaged or holds no weights ({type(error).__name__})") from None
+        state = load_weights(spec)
     if isinstance(state, dict) and "kind" in state:
         state = load_checkpoint(spec, "vgg")
-        net = SmallVGG(**state["config"])
-        net.load_state_dict(state["model"])
+        net = restore(spec, lambda: SmallVGG(**state["config"]), state["model"])
+        if not (net.mean_square > 0).all():
+            raise BadInput(f"{spec}: a layer's mean square is 0, and the loss divides by it: train that network again")
     else:
         net = VGG16()
         try:
@@ -112,7 +109,7 @@ def load_vgg(spec):
         except (RuntimeError, AttributeError, TypeError) as error:
             raise BadInput(f"--vgg {spec} does not have the layout of torchvision's VGG16 "
                            f"({str(error).splitlines()[0]})") from None
-        if spec != "imagenet" and not hashlib.sha256(Path(spec).read_bytes()).hexdigest().startswith(VGG16_SHA256):
+        if spec != "imagenet" and sha256(spec) != VGG16_SHA256:
             print(f"note: {spec} has VGG16's layout, but is not torchvision's vgg16-{VGG16_SHA256}.pth", flush=True)
     return net.requires_grad_(False).eval()
 

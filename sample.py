@@ -7,10 +7,11 @@
     python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
 
 Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and sampler.json. Sample i
-depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size).
+depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size). What is drawn is kept in
+part/ until then: the same command goes on after a kill.
 """
 import json
-import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,11 @@ import runtime
 import vq
 from runtime import BadInput
 from transformer import Transformer
+
+# What each way of using the script reads, beside --device.
+USED = {"prior": "tokenizer n out labels png batch_size seed dtype "
+                 "top_p top_k temperature steps choice_temperature cfg",
+        "teacher_forced": "runs n out labels batch_size", "noise": "tokenizer n seed sigma"}
 
 
 def parse():
@@ -49,13 +55,15 @@ def parse():
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
-    modes = [name for name in ("prior", "teacher_forced", "noise") if getattr(args, name)]
+    modes = [name for name in USED if getattr(args, name)]
     if len(modes) != 1:
         raise BadInput("give one of --prior (draw samples), --teacher_forced (predict images), --noise (disturb codes)")
     if modes != ["teacher_forced"] and not args.tokenizer:
         raise BadInput(f"--{modes[0]} needs --tokenizer")
     if bool(args.runs) != (modes == ["teacher_forced"]):
         raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
+    if idle := parser.given - {modes[0], "device", *USED[modes[0]].split()}:
+        raise BadInput(f"--{min(idle)} has no part in --{modes[0]}: leave it out")
     return args
 
 
@@ -66,8 +74,10 @@ def load_pair(prior_path, tokenizer_path, device):
     if vq.fingerprint(tokenizer) != state["tokenizer"]:
         raise BadInput(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on (other encoder or "
                        f"codebook): give that one, or its phase 2")
-    prior = Transformer(**state["config"])
-    prior.load_state_dict(state["ema"] or state["model"])
+    with runtime.refusing(prior_path):
+        prior = runtime.restore(prior_path, lambda: Transformer(**state["config"]), state["ema"] or state["model"])
+        if not prior.tokens == state["grid"] ** 2 == (tokenizer.image_size // tokenizer.f) ** 2:
+            raise ValueError(f"{prior.tokens} tokens on a grid of {state['grid']}")
     return prior.eval().to(device), tokenizer, state  # not frozen: autocast keeps its bf16 copies only of what is not
 
 
@@ -95,8 +105,6 @@ def draw(args, device):
         choice = 0.45 if args.choice_temperature is None else args.choice_temperature
         options |= {"top_p": args.top_p or 1.0, "steps": args.steps or 12, "choice_temperature": choice}
     out, size = Path(args.out), tokenizer.image_size
-    if (out / "samples.npz").exists():
-        raise BadInput(f"{out} already holds samples: choose another --out")
     with runtime.refusing():
         prior.check(args.n, labels if classes else None, **options)
     # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
@@ -104,40 +112,41 @@ def draw(args, device):
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
-                "prior": args.prior, "prior_step": state["step"], "tokenizer": args.tokenizer,
+                "prior": args.prior, "prior_step": state["step"], "prior_sha256": runtime.sha256(args.prior),
+                "tokenizer": args.tokenizer, "tokenizer_sha256": runtime.sha256(args.tokenizer),
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
                 "torch": str(torch.__version__)}
 
     # All processes write their rows of one file; it becomes the npz in the end.
-    shape, part = (args.n, size, size, 3), out / "samples.part"
-    try:
-        (out / "png" if args.png else out).mkdir(parents=True, exist_ok=True)
-        if runtime.is_main():
-            (out / "sampler.json").write_text(json.dumps(settings, indent=1) + "\n")
-            runtime.make_room(part, math.prod(shape))
-    except OSError as error:
-        raise BadInput(f"--out {out} can't be written ({error.strerror})") from None
-    runtime.barrier()
-    samples, progress = np.memmap(part, np.uint8, "r+", shape=shape), runtime.Progress(args.n, "samples", 20)
-    for first in range(runtime.rank() * b, args.n, runtime.world() * b):
-        ids = torch.arange(first, first + b)
-        keep = min(b, args.n - first)
+    held = runtime.lock(out) if runtime.is_main() else None
+    if (out / "samples.npz").exists():
+        raise BadInput(f"{out} already holds samples: choose another --out")
+    part = runtime.Rows(out / "part", settings, b, samples=((args.n, size, size, 3), np.uint8))
+    if args.png:
+        (out / "png").mkdir(exist_ok=True)
+    samples, todo = part.arrays["samples"], part.todo()
+    progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
+    for rows in todo:
+        ids = torch.arange(rows.start, rows.start + b)
         with runtime.autocast(device, args.dtype):
             y = labels[ids % args.n] if classes else None
             indices = prior.generate(ids.tolist(), args.seed, y, **options)
         images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
-        samples[first:first + keep] = images[:keep]
-        for i in range(first, first + keep) if args.png else ():
+        samples[rows.start:rows.stop] = images[:len(rows)]
+        for i in rows if args.png else ():
             Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
-        progress(keep * runtime.world())
-    samples.flush()
-    runtime.barrier()
+        part.mark(rows)
+        progress(len(rows) * runtime.world())
+    part.close()
     if runtime.is_main():
-        arrays = {"arr_0": samples, **({"arr_1": labels.numpy()} if classes else {})}
-        runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))
-        part.unlink()
         some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
         data.save_grid(out / "grid.png", some, 8)
+        text = json.dumps(settings, indent=1) + "\n"
+        runtime.save_file(out / "sampler.json", lambda file: file.write(text.encode()))
+        arrays = {"arr_0": samples, **({"arr_1": labels.numpy()} if classes else {})}
+        runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))  # last: now all is there
+        shutil.rmtree(out / "part")
+        held.close()
         print(f"{args.n} samples in {out}/samples.npz, the first of them in {out}/grid.png")
 
 

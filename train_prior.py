@@ -7,7 +7,6 @@
 First every image is encoded once (several crops and flips of each) into codes/ in the run folder, by all processes;
 then training reads only that. README.md has the command line of every column of Table 10.
 """
-import json
 import math
 from pathlib import Path
 
@@ -44,14 +43,18 @@ def parse():
     add("--weight_decay", type=runtime.weight, default=1e-2, help="none on biases, norms, embeddings")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
-    add("--views", type=runtime.positive, default=4, help="crops and flips encoded per image; center: 1")
+    add("--views", type=runtime.positive, help="crops and flips encoded per image: 4; with --crop center: 1")
     add("--codes", default="", help="folder of the code cache, to share it between runs; default: codes/ in --out")
     args = parser.parse_args()
     for name, value in KIND[args.kind].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.crop == "center":
-        args.views = 1  # there is only one centre
+    if args.views is None:
+        args.views = 1 if args.crop == "center" else 4
+    if args.crop == "center" and args.views > 1:
+        raise BadInput(f"--views {args.views}: --crop center gives one view of an image, the same every time")
+    if args.kind == "ar" and not args.lr_end:
+        raise BadInput("--lr_end 0: the exponential decay of --kind ar never comes to 0, give a small number")
     return args
 
 
@@ -72,69 +75,27 @@ class Views(Dataset):
 
 
 def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, device):
-    """Codes of all views of all (n: of n) images: folder/codes.bin (uint16 memmap, (rows, N)), labels.bin (int32), and
-    meta.json. Chunks of rows are shared out over the processes; those already marked in done.bin (by a run that was
-    killed) are skipped, and a cache made of another tokenizer or data set is refused. Returns (codes, labels)."""
-    folder, N = Path(folder), (args.image_size // model.f) ** 2
+    """Codes of all views of all (n: of n) images: folder/codes.bin (uint16 memmap, (rows, N)) and labels.bin (int32).
+    Chunks of rows are shared out over the processes; those that a killed run has finished are skipped, and a cache
+    made of another tokenizer or data set is refused. Returns (codes, labels)."""
+    N = (args.image_size // model.f) ** 2
     dataset = Views(source, args.image_size, crop, views, seed=0, n=n)  # not --seed: seeds may share a cache
     rows = len(dataset)
     meta = {"tokenizer": tokenizer, "data": source.signature(), "rows": rows, "views": views, "crop": crop,
             "image_size": args.image_size, "tokens": N, "K": model.quantizer.K}
-    sizes = {"codes.bin": ((rows, N), np.uint16), "labels.bin": ((rows,), np.int32),
-             "done.bin": ((-(-rows // CHUNK),), np.uint8)}
-    if runtime.is_main():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / "lock", "w")
-        except OSError as error:
-            raise BadInput(f"could not write the codes to {folder} ({error.strerror})") from None
-        runtime.lock(lock, f"{folder} is being written by another run: wait for it, or give another --codes")
-    if (folder / "meta.json").exists():
-        try:
-            found = json.loads((folder / "meta.json").read_text())
-        except ValueError:
-            found = {}
-        for name, value in meta.items():
-            if found.get(name) != value:
-                raise BadInput(f"{folder} holds codes with another `{name}` ({found.get(name)}, not {value}): "
-                               f"remove the folder, or give another --out or --codes")
-        for name, (shape, dtype) in sizes.items():
-            expected = math.prod(shape) * np.dtype(dtype).itemsize
-            actual = (folder / name).stat().st_size if (folder / name).exists() else 0
-            if actual != expected:
-                raise BadInput(f"{folder / name} has {actual} bytes, not {expected}: it was cut or overwritten; "
-                               f"remove the folder {folder}")
-    elif runtime.is_main():
-        try:
-            for name, (shape, dtype) in sizes.items():
-                runtime.make_room(folder / name, math.prod(shape) * np.dtype(dtype).itemsize)
-            text = json.dumps(meta).encode()
-            runtime.save_file(folder / "meta.json", lambda file: file.write(text))  # last: from now on the cache counts
-        except OSError as error:
-            raise BadInput(f"could not write the codes to {folder} ({error.strerror})") from None
-    runtime.barrier()
-    codes, labels, done = (np.memmap(folder / name, dtype, "r+", shape=shape) for name, (shape, dtype) in sizes.items())
-
-    # Shared out by number, not by what is left: another process may have marked a chunk by the time this one looks.
-    todo = [c for c in range(runtime.rank(), len(done), runtime.world()) if not done[c]]
-    if todo:
-        chunks = [range(c * CHUNK, min((c + 1) * CHUNK, rows)) for c in todo]
-        loader = data.loader(dataset, chunks, args.workers, device)
+    cache = runtime.Rows(folder, meta, CHUNK, codes=((rows, N), np.uint16), labels=((rows,), np.int32))
+    codes, labels = cache.arrays.values()
+    if todo := cache.todo():
         progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
-        for c, chunk, (images, y, index) in zip(todo, chunks, loader):
+        for chunk, (images, y, index) in zip(todo, data.loader(dataset, todo, args.workers, device)):
             bad(index)
             with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
                 indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
             codes[chunk.start:chunk.stop] = indices.flatten(1).cpu().numpy().astype(np.uint16)
             labels[chunk.start:chunk.stop] = y.numpy()
-            codes.flush()
-            labels.flush()
-            done[c] = 1  # after its rows: a chunk that is marked is whole
+            cache.mark(chunk)
             progress(len(chunk))
-        done.flush()
-    runtime.barrier()
-    if runtime.is_main():
-        lock.close()
+    cache.close()
     return codes, labels
 
 
@@ -237,15 +198,12 @@ def main():
 
     # ---- model and optimizer. Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
     torch.manual_seed(args.seed)
-    model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
+    with runtime.refusing():
+        model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
     optimizer = torch.optim.AdamW(model.param_groups(args.weight_decay), args.lr, args.betas, fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     guard, start, best = runtime.Guard(device), 0, float("inf")
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema:
-            ema.load_state_dict(state["ema_state"])
+    if state := run.resume(model=model, optimizer=optimizer, ema_state=ema):
         start, best = state["step"], state["best"]
     H = unigram_entropy(codes.codes, K)
     if runtime.is_main():

@@ -41,13 +41,14 @@ def parse():
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
     add("--val_n", type=runtime.count, default=0,
         help="validate on N of the validation images (0: all, or 5000 if there is no --val)")
-    add("--image_size", type=runtime.positive, help="side of the images, 256")
+    add("--image_size", type=runtime.side, help="side of the images, 256")
     add("--channels", type=runtime.positive, nargs="+", help="one width per level, each level halves; f = 2^(levels-1)")
     add("--z_dim", type=runtime.positive, help="dimensions of a code, n_z = 256")
     add("--codebook", choices=vq.CODEBOOKS, help="entropy is the paper's, the others are Table 5's")
-    add("--codebook_size", type=runtime.positive, help="K: 1024; 8192 for factorized")
-    add("--decoder_attention", type=runtime.count, help="block + dilated attention pairs a level: 0, in phase 2: 1")
-    add("--decoder_extra_blocks", type=runtime.count, help="residual blocks added a level (Table 1's Conv x2 has 2)")
+    add("--codebook_size", type=runtime.bounded(int, 2, 65536), help="K: 1024; 8192 for factorized")
+    few = runtime.bounded(int, 0, 16)
+    add("--decoder_attention", type=few, help="block + dilated attention pairs a level: 0, in phase 2: 1")
+    add("--decoder_extra_blocks", type=few, help="residual blocks added a level (Table 1's Conv x2 has 2)")
     add("--alpha", type=runtime.fraction, help="semantic ratio of Eq. 4: 1, in phase 2: 0")
     add("--perceptual_layers", nargs="+", choices=losses.LAYERS, help="Table 6: these, weight 1 each, instead of alpha")
     add("--vgg", default="imagenet", help="imagenet, a local copy of torchvision's file, or a train_vgg.py checkpoint")
@@ -67,6 +68,12 @@ def parse():
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
     args = parser.parse_args()
+    if args.perceptual_layers and args.alpha is not None:
+        raise BadInput("--alpha and --perceptual_layers are two ways to weigh the layers: give one of them")
+    if args.phase == 2 and (idle := parser.given & {"vq_weight", "beta", "gamma"}):
+        raise BadInput(f"--{min(idle)}: phase 2 has no VQ loss, its encoder and codebook are fixed; leave it out")
+    if args.codebook not in (None, "entropy") and args.gamma and "gamma" in parser.given:
+        raise BadInput(f"--gamma {args.gamma}: --codebook {args.codebook} has no entropy term, leave the flag out")
     for name, value in PHASE[args.phase].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -84,7 +91,10 @@ def settle_shape(args):
         shape["codebook_size"] = 8192
     if args.init:
         init = runtime.load_checkpoint(args.init, "tokenizer")
-        shape = {name: init["args"][name] for name in SHAPE}
+        with runtime.refusing(args.init):
+            has = {**init["args"], **init["config"], "decoder_extra_blocks": init["config"]["extra_blocks"]}
+            shape = {name: has[name] for name in SHAPE}
+            runtime.restore(args.init, lambda: vq.VQModel(**init["config"]), init["ema"] or init["model"])
     elif args.phase == 2:
         raise BadInput("--phase 2 needs --init: the checkpoint of a finished phase 1")
     if args.vq_start and (init or args.codebook == "kmeans"):
@@ -96,10 +106,8 @@ def settle_shape(args):
             raise BadInput(f"--{name} {getattr(args, name)} is not the shape of --init {args.init}, which has {value}: "
                            f"leave the flag out")
     if args.disc_ramp is None:  # a discriminator that comes with the checkpoint is warm
-        args.disc_ramp = 0 if init and init["disc"] else 20_000
+        args.disc_ramp = 0 if init and init.get("disc") else 20_000
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
-    if args.codebook_size > 65536:
-        raise BadInput(f"--codebook_size {args.codebook_size} does not fit the 16 bits of a stored code (65536)")
     return init
 
 
@@ -107,13 +115,10 @@ def load_init(model, disc, init, args):
     """Weights of --init, strictly; only attention that the checkpoint's decoder lacks keeps its zero start."""
     fresh = {f"{name}.{key}": value for name, part in model.decoder.named_modules(prefix="decoder")
              if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
-    try:
+    with runtime.refusing(args.init):
         model.load_state_dict(fresh | (init["ema"] or init["model"]))
         if disc and init["disc"]:  # a cold discriminator ruins images: phase 1's goes on
             disc.load_state_dict(init["disc"])
-    except RuntimeError as error:
-        raise BadInput(f"--init {args.init} does not fit this tokenizer or discriminator "
-                       f"({str(error).splitlines()[-1].strip()})") from None
 
 
 @torch.no_grad()
@@ -168,8 +173,10 @@ def main():
     vgg = losses.load_vgg(args.vgg)
     if runtime.is_main():
         runtime.barrier()
-    if isinstance(vgg, losses.VGG16) and args.image_size < 32:
-        raise BadInput(f"--image_size {args.image_size} is too small for VGG16, which halves it five times: use 32")
+    halved = 5 if isinstance(vgg, losses.VGG16) else 3
+    if args.image_size < 2 ** halved:
+        raise BadInput(f"--image_size {args.image_size} is too small for the network of --vgg {args.vgg}, which halves "
+                       f"it {halved} times: use {2 ** halved} at least")
     perceptual = losses.PerceptualLoss(vgg, args.alpha or 0.0, args.perceptual_layers).to(device)
 
     # ---- models: the same start on every process
@@ -197,18 +204,12 @@ def main():
 
     # ---- optimizers. Paper: one line for both networks; the discriminator gets the generator's.
     opt_g = torch.optim.Adam(trained.parameters(), args.lr, args.betas, fused=True)
+    opt_d = None
     if disc:
         disc = disc.to(device, memory_format=torch.channels_last)
         opt_d = torch.optim.Adam(disc.parameters(), args.lr, args.betas, fused=True)
     guard_g, guard_d, start = runtime.Guard(device), runtime.Guard(device), 0
-    if state := run.resume():
-        model.load_state_dict(state["model"])
-        opt_g.load_state_dict(state["opt_g"])
-        if disc:
-            disc.load_state_dict(state["disc"])
-            opt_d.load_state_dict(state["opt_d"])
-        if ema:
-            ema.load_state_dict(state["ema_state"])
+    if state := run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema_state=ema):
         start = state["step"]
     init = state = None  # a gigabyte at the paper's size
 
@@ -233,8 +234,19 @@ def main():
             value, (total, n) = value.detach().float(), sums.get(name, (0, 0))
             sums[name] = total + value.nan_to_num(0, 0, 0), n + value.isfinite()
 
+    def evaluate(done):
+        picture = run.out / "samples" / f"{done:07}.png"
+        values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture, bad_val)
+        values = run.log(done, "val", **values)
+        run.progress(done, **{"val " + k: values[k] for k in ("l1", "psnr", "perceptual", "usage", "perplexity")})
+        if values["usage"] < 0.5 and runtime.is_main():
+            print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the validation set "
+                  f"(H near ln K does not show it)", flush=True)
+
     model.train()
     run.progress(start)
+    if start and (start % args.eval_every == 0 or start == args.iters) and (start, "val") not in run.logged:
+        evaluate(start)  # the run ended between the save and its validation
 
     for step in range(start, args.iters):
         lr = runtime.cosine(step, args.iters, args.lr, args.lr_end)
@@ -319,18 +331,10 @@ def main():
                 save(done)
                 raise run.broken()
         stop = run.stopping()
-        if stop or done % args.save_every == 0:
+        if stop or done % args.save_every == 0 or done == args.iters:
             save(done)  # before the validation, which may be longer than what a scheduler grants
-        if not stop and done % args.eval_every == 0 or done == args.iters:
-            picture = run.out / "samples" / f"{done:07}.png"
-            values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture, bad_val)
-            values = run.log(done, "val", **values)
-            run.progress(done, **{"val " + k: values[k] for k in ("l1", "psnr", "perceptual", "usage", "perplexity")})
-            if values["usage"] < 0.5 and runtime.is_main():
-                print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the validation set "
-                      f"(H near ln K does not show it)", flush=True)
-        if done == args.iters:
-            save(done)
+        if not stop and (done % args.eval_every == 0 or done == args.iters):
+            evaluate(done)
         if stop:
             run.stopped(done)
             return

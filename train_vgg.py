@@ -20,7 +20,7 @@ def parse():
     parser = runtime.Parser(__doc__)
     runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3)
     add = parser.add_argument
-    add("--image_size", type=runtime.positive, default=64, help="side of the images, a multiple of 8")
+    add("--image_size", type=runtime.side, default=64, help="side of the images, a multiple of 8")
     add("--crop", choices=data.CROPS, default="random", help="training crop (data.py)")
     add("--widths", type=runtime.positive, nargs=5, default=[16, 32, 64, 96, 128], help="channels of the five stages")
     add("--labels", choices=["class", "fine"], default="class", help="fine: shapes' object x colour family, 60 labels")
@@ -57,8 +57,8 @@ def validate(net, loader, device, bad):
 def measure_scale(net, loader, device):
     """Mean square of each layer on training images, which the perceptual loss divides by."""
     net.eval()
-    squares = [[f.square().mean() for f in net(data.to_float(images, device), losses.LAYERS).values()]
-               for images, _, _ in loader]
+    squares = [[f.square().mean() for f in net(data.to_float(images[index >= 0], device), losses.LAYERS).values()]
+               for images, _, index in loader if (index >= 0).any()]
     net.mean_square.copy_(torch.tensor(squares).mean(0))
     net.train()
 
@@ -68,7 +68,8 @@ def main():
     device = runtime.setup(args.device)
     if runtime.world() > 1:
         raise BadInput("train_vgg.py runs in one process: start it with python, not torchrun")
-    runtime.micro_batch(args)
+    if runtime.micro_batch(args) == 1:
+        raise BadInput("a batch of one: batch norm needs two images a micro-batch at least, raise --batch_size")
     runtime.check_out(args)
     data.check_image_size(args.image_size, 8)
     source, val = data.open_source(args.data), data.open_source(args.val or args.data, "val")
@@ -86,9 +87,7 @@ def main():
     net = losses.SmallVGG(args.widths, classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
     guard, start = runtime.Guard(device), 0
-    if state := run.resume():
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := run.resume(model=net, optimizer=optimizer):
         start = state["step"]
     if args.compile or (args.compile is None and device.type == "cuda"):
         net.compile()

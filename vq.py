@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from runtime import load_checkpoint
+from runtime import load_checkpoint, refusing, restore
 
 CODEBOOKS = ("entropy", "none", "kmeans", "factorized")  # Table 5
 
@@ -288,6 +288,8 @@ class VQModel(nn.Module):
         for c in channels:
             if c % 16:
                 raise ValueError(f"channels {c}: each width must be a multiple of 16 (group norm and heads)")
+        if not (0 <= attention <= 16 and 0 <= extra_blocks <= 16):
+            raise ValueError(f"attention {attention}, extra_blocks {extra_blocks}: use 0 to 16 a level")
         self.config = dict(channels=list(channels), z_dim=z_dim, codebook_size=codebook_size, codebook=codebook,
                            attention=attention, extra_blocks=extra_blocks, beta=beta, gamma=gamma)  # VQModel(**config)
         self.f = 2 ** (len(channels) - 1)
@@ -326,9 +328,11 @@ def load_tokenizer(path, device="cpu"):
     """The tokenizer of a train_tokenizer.py checkpoint, in eval mode and frozen; its averaged weights if it has them.
     `.image_size` is the size that it was trained at."""
     state = load_checkpoint(path, "tokenizer")
-    model = VQModel(**state["config"])
-    model.load_state_dict(state["ema"] or state["model"])
-    model.image_size = state["args"]["image_size"]
+    with refusing(path):
+        model = restore(path, lambda: VQModel(**state["config"]), state["ema"] or state["model"])
+        model.image_size = int(state["args"]["image_size"])
+        if model.image_size % model.f or model.image_size < 1:
+            raise ValueError(f"image_size {model.image_size}")
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -50,9 +50,9 @@ def test_a_used_folder_is_refused_and_resumed(tmp_path):
         run.log(step, "train", loss=float("nan") if step == 2 else 0.5)
     with open(run.metrics, "a") as file:
         file.write('{"step": 4, "spl')  # killed in the middle of a line
-    run.save(2, model={})
+    run.save(2, model={}, config={})
     with pytest.raises(BadInput, match="already holds a run"):
-        runtime.Run(arguments(tmp_path), "tokenizer")
+        runtime.check_out(arguments(tmp_path))
     with pytest.raises(BadInput, match="in use by another run"):
         runtime.Run(arguments(tmp_path, resume=True), "tokenizer")
     fcntl.flock(run.lock, fcntl.LOCK_UN)
