@@ -86,7 +86,8 @@ fraction, weight, rate = bounded(float, 0, 1), bounded(float, 0), bounded(float,
 def add_training_flags(parser, *, out, iters, batch_size, lr, data_default="shapes"):
     """The flags that all scripts that train share (None: the script fills in its own default)."""
     add = parser.add_argument
-    add("--data", default=data_default, help="shapes, a folder of class folders, a flat folder, or lsun:PATH")
+    add("--data", default=data_default,
+        help="shapes, a folder of class folders, a flat folder, FILE.tar, a folder of tar files, or lsun:PATH")
     add("--val", default="", help="the same for validation; shapes has held-out pictures of its own")
     add("--out", default=out, help="run folder; one that holds a checkpoint is refused unless --resume")
     add("--resume", action="store_true", help="go on from the checkpoint in --out if there is one, else start")

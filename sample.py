@@ -142,8 +142,8 @@ def draw(args, device):
 
 
 def read_images(spec, size, n, device):
-    """The first n images of a file, a folder or `shapes` (its held-out pictures): floats (n, 3, S, S), labels."""
-    if Path(spec).is_file():
+    """The first n images of a file or a data set (of `shapes`, held-out pictures): floats (n, 3, S, S), labels, classes."""
+    if Path(spec).is_file() and not spec.endswith(".tar"):
         try:
             images, labels = [data.center(data.decode(spec, spec), size)], torch.zeros(1, dtype=torch.long)
         except data.Unreadable as error:
