@@ -72,8 +72,8 @@ def load_pair(prior_path, tokenizer_path, device):
 
 
 def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the host."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 @torch.no_grad()
@@ -119,6 +119,14 @@ def draw(args, device):
         raise BadInput(f"--out {out} can't be written ({error.strerror})") from None
     runtime.barrier()
     samples, progress = np.memmap(part, np.uint8, "r+", shape=shape), runtime.Progress(args.n, "samples", 20)
+
+    def write(first, keep, images):
+        samples[first:first + keep] = images()[:keep]
+        for i in range(first, first + keep) if args.png else ():
+            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
+        progress(keep * runtime.world())
+
+    waiting = []  # a batch is written while the device is busy with the next one
     for first in range(runtime.rank() * b, args.n, runtime.world() * b):
         ids = torch.arange(first, first + b)
         keep = min(b, args.n - first)
@@ -126,10 +134,11 @@ def draw(args, device):
             y = labels[ids % args.n] if classes else None
             indices = prior.generate(ids.tolist(), args.seed, y, **options)
         images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
-        samples[first:first + keep] = images[:keep]
-        for i in range(first, first + keep) if args.png else ():
-            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
-        progress(keep * runtime.world())
+        waiting.append((first, keep, runtime.download(images)))
+        if len(waiting) > 1:
+            write(*waiting.pop(0))
+    for batch in waiting:
+        write(*batch)
     samples.flush()
     runtime.barrier()
     if runtime.is_main():
@@ -142,7 +151,7 @@ def draw(args, device):
 
 
 def read_images(spec, size, n, device):
-    """The first n images of a file or a data set (of `shapes`, held-out pictures): floats (n, 3, S, S), labels, classes."""
+    """The first n images of a file or a data set (of shapes: held-out ones): floats (n, 3, S, S), labels, classes."""
     if Path(spec).is_file() and not spec.endswith(".tar"):
         try:
             images, labels = [data.center(data.decode(spec, spec), size)], torch.zeros(1, dtype=torch.long)
