@@ -76,6 +76,7 @@ def test_recomputed_activations_change_nothing_but_memory(train):
     """The same run with --recompute, to the last bit; what the backward pass keeps is far less."""
     one, two = train("--iters", 3), train("--iters", 3, "--recompute", out="two")
     assert all(same(one[name], two[name]) for name in WEIGHTS)
+    train("--iters", 3, "--recompute", "--resume")  # may be chosen anew at each start
     kept, model = [], vq.VQModel((16, 16, 16), 8, 16)
     for recompute in (False, True):
         model.encoder.recompute = model.decoder.recompute = recompute
