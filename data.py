@@ -517,11 +517,12 @@ def augment(image, size, crop, rng):
     x, y = round(rng.uniform(0, w - side)), round(rng.uniform(0, h - side))
     # The square of the original that the crop of the resized image would show, and only that is resized: by PyTorch,
     # whose bicubic filter for bytes is PIL's (within 1 of 255), at four times its speed.
-    pixels = torch.from_numpy(np.array(image.crop((x, y, x + side, y + side)))).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(image.crop((x, y, x + side, y + side)))[None]).permute(0, 3, 1, 2)
     if side != size:
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    out = pixels[0].permute(1, 2, 0).numpy()
-    return out[:, ::-1] if rng.uniform() < 0.5 else out
+    if rng.uniform() < 0.5:
+        pixels = pixels.flip(-1)
+    return pixels[0].permute(1, 2, 0).numpy()
 
 
 CROPS = ("random", "resized", "center")
@@ -583,8 +584,8 @@ def _to_tensor(array):
 
 def to_float(images, device):
     """uint8 (B, 3, H, W) on the host -> float in [-1, 1] on the device, channels last (a quarter of the traffic)."""
-    images = images.to(device, non_blocking=True).float() / 127.5 - 1
-    return images.contiguous(memory_format=torch.channels_last)
+    images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    return images.float().div_(127.5).sub_(1)  # in place: new memory is what costs a CPU most
 
 
 def _in_worker(_):
