@@ -30,6 +30,7 @@ import data
 import fid
 import losses
 import runtime
+import train_tokenizer
 import transformer
 import vq
 
@@ -41,7 +42,7 @@ SIZES = {
 }
 # What --naive switches off, one after the other, and what then stands in its place.
 OFF = {"compile": "no torch.compile", "bf16": "fp32", "channels_last": "channels first in memory",
-       "fused": "Adam tensor by tensor", "layers": "all six VGG layers, of whatever weight",
+       "fused": "Adam tensor by tensor, checked on the host", "layers": "all six VGG layers, of whatever weight",
        "frozen": "gradients of VGG's and D's weights in the tokenizer's step", "reuse": "reconstructed again for D",
        "blur": "autograd's own derivatives of the blur", "lazy": "R1 at every step", "wait": "every loss read at once"}
 LAYOUT = ("channels_last",)  # off where FLOPs are counted: tensors without contents can't always be laid out anew
@@ -140,11 +141,12 @@ class Tokenizer:
 
     def __init__(self, args, device, phase=1, off=()):
         self.device, self.phase, self.on = device, phase, {name: name not in off for name in OFF}
+        paper = train_tokenizer.PHASE[phase]
         torch.manual_seed(0)
         with device:
-            self.model = vq.VQModel(args.channels, args.z_dim, args.codebook_size, attention=phase - 1)
+            self.model = vq.VQModel(args.channels, args.z_dim, args.codebook_size, attention=paper["decoder_attention"])
             self.disc = losses.Discriminator(args.image_size, args.disc_channels)
-            self.perceptual = losses.PerceptualLoss(losses.VGG16(), alpha=2.0 - phase)
+            self.perceptual = losses.PerceptualLoss(losses.VGG16(), paper["alpha"])
         if self.on["channels_last"]:
             self.model.to(memory_format=torch.channels_last)
             self.disc.to(memory_format=torch.channels_last)
@@ -155,7 +157,7 @@ class Tokenizer:
         if phase == 2:
             self.model.encoder.requires_grad_(False)
             self.model.quantizer.requires_grad_(False)
-        adam = partial(torch.optim.Adam, lr=1e-4, betas=(0.9, 0.99), fused=self.on["fused"],
+        adam = partial(torch.optim.Adam, lr=paper["lr"], betas=paper["betas"], fused=self.on["fused"],
                        foreach=None if self.on["fused"] else False)
         self.opt_g = adam(self.model.parameters() if phase == 1 else self.model.decoder.parameters())
         self.opt_d = adam(self.disc.parameters())
@@ -179,6 +181,15 @@ class Tokenizer:
             z_q, _, q = self.model.encode(x)
         return self.model.decode(z_q), q
 
+    def update(self, guard, optimizer):
+        if self.on["fused"]:
+            return guard.step(optimizer)
+        params = optimizer.param_groups[0]["params"]
+        runtime.average_gradients(params)
+        if torch.nn.utils.get_total_norm([p.grad for p in params]).isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+
     def step(self, penalise=False):
         """A step on self.images; with R1 if `penalise`. Returns its losses."""
         x = data.to_float(self.images, self.device)
@@ -196,7 +207,7 @@ class Tokenizer:
         if not self.on["reuse"]:
             with torch.no_grad(), self.autocast():
                 x_hat, _ = self.reconstruct(x)
-        self.guard_g.step(self.opt_g)
+        self.update(self.guard_g, self.opt_g)
         if not self.on["frozen"]:
             self.perceptual.zero_grad()
             self.disc.zero_grad()
@@ -212,7 +223,7 @@ class Tokenizer:
         loss_d = losses.discriminator_loss(real_logits, fake_logits)
         r1 = losses.r1_penalty(real_logits, x) if penalise else torch.zeros(())
         (loss_d + 10 / 2 * every * r1).backward()
-        self.guard_d.step(self.opt_d)
+        self.update(self.guard_d, self.opt_d)
         values = dict(loss=loss, l1=l1, perceptual=per, adversarial=adv, disc=loss_d, r1=r1, **q)
         return {name: value.detach() if self.on["wait"] else value.item() for name, value in values.items()}
 
@@ -233,8 +244,8 @@ class Tokenizer:
         def optimize():
             for p, grad in grads:
                 p.grad = grad
-            self.guard_g.step(self.opt_g)
-            self.guard_d.step(self.opt_d)
+            self.update(self.guard_g, self.opt_g)
+            self.update(self.guard_d, self.opt_d)
         leaf = lambda t: t.detach().requires_grad_()  # noqa: E731
         return {"encoder": lambda: run(self.model.encoder, x),
                 "quantizer": lambda: run(lambda z: self.model.quantizer(z)[2]["vq"], leaf(z)),
