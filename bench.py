@@ -9,6 +9,7 @@ random: only the time is looked at. costs.py prints how all of it grows.
 """
 import contextlib
 import ctypes
+import gc
 import io
 import math
 import statistics
@@ -69,8 +70,9 @@ def settle(args, device):
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
     args.tokens = (args.image_size // 2 ** (len(args.channels) - 1)) ** 2
     machine = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; VGG16; weights random; "
-          + ", ".join(f"{name} {getattr(args, name)}" for name in SIZES["small"]), flush=True)
+    if runtime.is_main():
+        print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}; VGG16; weights random; "
+              + ", ".join(f"{name} {getattr(args, name)}" for name in SIZES["small"]), flush=True)
 
 
 # ------------------------------------------------------------------------------------------- measuring
@@ -91,6 +93,7 @@ START = resident("VmRSS") if sys.platform == "linux" else 0
 def measure(call, device, seconds):
     """Median seconds of a warm call(), and the peak of memory meanwhile in MB: of the GPU, or by how much this process
     has grown since its start (nan where that can't be known)."""
+    gc.collect()  # what was measured before
     for _ in range(2):
         begin = time.perf_counter()
         call()
@@ -302,7 +305,10 @@ def sampling(args, kind, device, cache=True):
     @torch.no_grad()
     def draw():
         with runtime.autocast(device, "auto"):
-            return model.generate(range(args.batch_size)) if cache else [model(s) for _ in range(args.tokens)]
+            if cache:
+                model.generate(range(args.batch_size))
+            for _ in range(0 if cache else args.tokens):
+                model(s)
     return draw
 
 
