@@ -219,15 +219,15 @@ def sheet(path, rows, scale=3):
 def view(run, device, path, n=10):
     """Figs. 5a and 11: inputs; for each alpha the reconstruction, the AR prior's top-1 prediction with true context,
     and the reconstruction of phase 2."""
-    rows = []
+    rows, pixels = [], lambda images: sample.to_uint8(images).cpu().numpy()
     for alpha, folder in alphas(run).items():
         prior, one, _ = sample.load_pair(folder / "ar" / "best.pt", folder / "phase1" / "ckpt.pt", device)
         two = vq.load_tokenizer(folder / "phase2" / "ckpt.pt", device)
         x, labels, _ = sample.read_images("shapes", one.image_size, n, device)
         s = one.encode(x)[1]
         top1 = prior(s.flatten(1), labels.to(device)).argmax(-1).view_as(s)
-        rows = rows or [("input", sample.to_uint8(x))]
-        rows += [(f"alpha {alpha:g}\n{text}", sample.to_uint8(tokenizer.decode_indices(codes)))
+        rows = rows or [("input", pixels(x))]
+        rows += [(f"alpha {alpha:g}\n{text}", pixels(tokenizer.decode_indices(codes)))
                  for text, tokenizer, codes in (("reconstruction", one, s), ("AR prediction", one, top1),
                                                 ("reconstruction, phase 2", two, s))]
     sheet(path, rows)

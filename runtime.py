@@ -128,7 +128,8 @@ workers = bounded(int, 0, 256)
 def add_training_flags(parser, *, out, iters, batch_size, lr, data_default="shapes"):
     """The flags that all scripts that train share (None: the script fills in its own default)."""
     add = parser.add_argument
-    add("--data", default=data_default, help="shapes, a folder of class folders, a flat folder, or lsun:PATH")
+    add("--data", default=data_default,
+        help="shapes, a folder of class folders, a flat folder, FILE.tar, a folder of tar files, or lsun:PATH")
     add("--val", default="", help="the same for validation; shapes has held-out pictures of its own")
     add("--out", default=out, help="run folder; one that holds a checkpoint is refused unless --resume")
     add("--resume", action="store_true", help="go on from the checkpoint in --out if there is one, else start")
@@ -234,7 +235,10 @@ def gather_rows(tensor):
 
 
 def average_gradients(params):
-    """Replace each .grad by its mean over all processes: one flat all-reduce."""
+    """Replace each .grad by its mean over all processes: one flat all-reduce, after the backward pass.
+
+    DDP would overlap it with the backward pass, but has no place for R1's second derivative, and with a compiled
+    model all gradients appear at once, at the end of its one graph. What it could hide is in `bench.py --scaling`."""
     grads = [p.grad for p in params if p.grad is not None]
     if world() > 1 and grads:
         flat = sum_over_processes(torch.cat([g.reshape(-1) for g in grads])) / world()
@@ -254,6 +258,25 @@ def autocast(device, dtype):
 def cosine(step, iters, start, end):
     """Cosine decay from `start` at step 0 to `end` at step `iters`."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / iters))
+
+
+def upload(tensor, device):
+    """A host tensor on the device. To a GPU the copy is asynchronous from pinned memory only: without, the host would
+    wait for all work that is queued, and the GPU then for the host."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def download(tensor):
+    """Begin to copy a tensor to the host; gives a function that waits for it and returns the numpy array."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu().numpy
+    host, arrived = tensor.to("cpu", non_blocking=True), torch.cuda.Event()  # torch makes `host` pinned
+    arrived.record()
+
+    def array():
+        arrived.synchronize()
+        return host.numpy()
+    return array
 
 
 def set_lr(optimizer, lr):
@@ -301,7 +324,7 @@ class Guard:
 # ------------------------------------------------------------------------------ checkpoints, run folders
 
 FREE = {"lr", "lr_end", "out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every",
-        "save_every", "tensorboard"}  # flags that may change from one start of a run to the next
+        "save_every", "tensorboard", "recompute"}  # flags that may change from one start of a run to the next
 
 
 def save_file(path, write):

@@ -82,8 +82,8 @@ def load_pair(prior_path, tokenizer_path, device):
 
 
 def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the host."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
 @torch.no_grad()
@@ -126,17 +126,26 @@ def draw(args, device):
         (out / "png").mkdir(exist_ok=True)
     samples, todo = part.arrays["samples"], part.todo()
     progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
+
+    def write(rows, images):
+        samples[rows.start:rows.stop] = images()[:len(rows)]
+        for i in rows if args.png else ():
+            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
+        part.mark(rows)
+        progress(len(rows) * runtime.world())
+
+    waiting = []  # a batch is written while the device is busy with the next one
     for rows in todo:
         ids = torch.arange(rows.start, rows.start + b)
         with runtime.autocast(device, args.dtype):
             y = labels[ids % args.n] if classes else None
             indices = prior.generate(ids.tolist(), args.seed, y, **options)
         images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
-        samples[rows.start:rows.stop] = images[:len(rows)]
-        for i in rows if args.png else ():
-            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
-        part.mark(rows)
-        progress(len(rows) * runtime.world())
+        waiting.append((rows, runtime.download(images)))
+        if len(waiting) > 1:
+            write(*waiting.pop(0))
+    for batch in waiting:
+        write(*batch)
     part.close()
     if runtime.is_main():
         some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -151,8 +160,8 @@ def draw(args, device):
 
 
 def read_images(spec, size, n, device):
-    """The first n images of a file, a folder or `shapes` (its held-out pictures): floats (n, 3, S, S), labels."""
-    if Path(spec).is_file():
+    """The first n images of a file or a data set (of shapes: held-out ones): floats (n, 3, S, S), labels, classes."""
+    if Path(spec).is_file() and not spec.endswith(".tar"):
         try:
             images, labels = [data.center(data.decode(spec, spec), size)], torch.zeros(1, dtype=torch.long)
         except data.Unreadable as error:

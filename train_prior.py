@@ -87,14 +87,22 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
     codes, labels = cache.arrays.values()
     if todo := cache.todo():
         progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
+
+        def write(chunk, y, indices):
+            codes[chunk.start:chunk.stop] = indices().astype(np.uint16)
+            labels[chunk.start:chunk.stop] = y.numpy()
+            cache.mark(chunk)
+            progress(len(chunk))
+
+        waiting = []  # a chunk is written while the device is busy with the next one
         for chunk, (images, y, index) in zip(todo, data.loader(dataset, todo, args.workers, device)):
             bad(index)
             with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
                 indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
-            codes[chunk.start:chunk.stop] = indices.flatten(1).cpu().numpy().astype(np.uint16)
-            labels[chunk.start:chunk.stop] = y.numpy()
-            cache.mark(chunk)
-            progress(len(chunk))
+            waiting.append((chunk, y, runtime.download(indices.flatten(1))))
+            if len(waiting) > 1:
+                write(*waiting.pop(0))
+        write(*waiting.pop())
     cache.close()
     return codes, labels
 
@@ -121,8 +129,7 @@ class Codes:
     def rows(self, rows):
         indices = torch.from_numpy(self.codes[rows].astype(np.int64))
         labels = torch.from_numpy(self.labels[rows].astype(np.int64)) if self.args.classes else None
-        indices = indices.to(self.device, non_blocking=True)
-        return indices, labels.to(self.device, non_blocking=True) if self.args.classes else None
+        return runtime.upload(indices, self.device), runtime.upload(labels, self.device) if self.args.classes else None
 
 
 def unigram_entropy(codes, K, rows=20_000):

@@ -67,6 +67,7 @@ def parse():
     add("--r1", type=runtime.weight, default=10.0, help="weight of the R1 penalty")
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
+    add("--recompute", action="store_true", help="compute activations twice instead of keeping them: less memory")
     args = parser.parse_args()
     if args.perceptual_layers and args.alpha is not None:
         raise BadInput("--alpha and --perceptual_layers are two ways to weigh the layers: give one of them")
@@ -191,6 +192,7 @@ def main():
     model.quantizer.sync, model.quantizer.gather = runtime.mean_over_processes, runtime.gather_rows
     model.quantizer.KMEANS_EVERY *= args.accum
     model.quantizer.KMEANS_UNTIL *= args.accum
+    model.encoder.recompute = model.decoder.recompute = args.recompute
     trained = model
     if args.phase == 2:  # encoder and codebook are fixed: a prior trained on phase 1's codes fits phase 2
         model.encoder.requires_grad_(False)

@@ -163,7 +163,7 @@ class Transformer(nn.Module):
             raise ValueError(f"label_dropout is {label_dropout}: it needs a model with null_class=True")
         if self.kind == "ar" and not label_dropout:  # nothing is drawn
             return indices, labels, torch.ones_like(indices, dtype=torch.bool)
-        u = uniforms(seed, samples, self.tokens + 2).to(indices.device, non_blocking=True)
+        u = uniforms(seed, samples, self.tokens + 2, indices.device)
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
         if self.kind == "ar":
@@ -253,7 +253,7 @@ class Transformer(nn.Module):
         device = self.code.weight.device
         bits = (K - 1).bit_length()  # `sample` takes as many uniform numbers a code
         shape = (N, bits) if self.kind == "ar" else (steps, N, bits + 1)
-        u = uniforms(seed, sample_ids, math.prod(shape)).view(B, *shape).to(device)
+        u = uniforms(seed, sample_ids, math.prod(shape), device).view(B, *shape)
         if labels is not None:
             labels = labels.to(device)
         if cfg:  # the second half of the batch sees the same codes and no class
@@ -273,20 +273,48 @@ class Transformer(nn.Module):
             return maskgit(tokens, lambda s: guide(self(double(s), labels)), u, self.mask_id, temperature,
                            choice_temperature)
         x = self._prefix(labels, B)
-        cache = self.new_cache(len(x))
-        slots, s = torch.arange(N, device=device), []
-        for i in range(N):
-            logits = guide(self.step(x, slots[i : i + 1], cache))
-            s.append(sample(logits, u[:, i], temperature, top_k, top_p))  # (B,)
-            x = self.code(double(s[-1]))[:, None]
-        return torch.stack(s, 1)
+        cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
+        s = torch.zeros(B, N, dtype=torch.long, device=device)
+
+        def draw_next():  # all of its state is on the device, at fixed addresses
+            logits = guide(self.step(x, slot, cache))
+            code = sample(logits, u.index_select(1, slot)[:, 0], temperature, top_k, top_p)  # (B,)
+            s.index_copy_(1, slot, code[:, None])
+            x.copy_(self.code(double(code))[:, None])
+            slot.add_(1)
+
+        repeat(draw_next, N, device)
+        return s
 
 
-def uniforms(seed, samples, n):
+def repeat(step, n, device):
+    """Call step() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a few hundred small
+    kernels one by one takes longer than to run them."""
+    if device.type == "cuda":
+        # The first calls are real ones: libraries set themselves up, and autocast makes the bf16 copies of the weights,
+        # which it keeps as long as the caller's `with autocast` lasts. So the graph must not outlive this function.
+        warm, side = min(n, 3), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(warm):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # recorded, not run
+            step()
+        for _ in range(n - warm):
+            graph.replay()
+    else:
+        for _ in range(n):
+            step()
+
+
+def uniforms(seed, samples, n, device=torch.device("cpu")):  # noqa: B008 (immutable)
     """(B, n) float32 in [0, 1) for B samples: row j is a pure function of (seed, samples[j])."""
     # the third word keeps these streams apart from those of data.py and train_prior.py
     rows = [np.random.default_rng([seed, int(i), 3]).random(n, dtype=np.float32) for i in samples]
-    return torch.from_numpy(np.stack(rows))
+    u = torch.from_numpy(np.stack(rows))
+    return u.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else u.to(device)
 
 
 def draw_mask(r, noise):

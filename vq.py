@@ -12,6 +12,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from runtime import load_checkpoint, refusing, restore
 
@@ -106,11 +107,12 @@ class Encoder(nn.Module):
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, z_dim, 1))
         self.quant_conv = nn.Conv2d(z_dim, z_dim, 1)
+        self.recompute = False  # a training script's choice: levels keep their input alone for the backward pass
 
     def forward(self, x):
         h = self.stem(x)  # (B, c_1, H, W)
         for level in self.levels:
-            h = level(h)  # (B, c_i, H / 2^i, W / 2^i)
+            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)  # (B, c_i, H / 2^i, W / 2^i)
         return self.quant_conv(self.head(h))
 
 
@@ -133,11 +135,12 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*level))
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
+        self.recompute = False  # as the encoder's
 
     def forward(self, z_q):
         h = self.stem(z_q)  # (B, c_last, h, w)
         for level in self.levels:
-            h = level(h)  # (B, c_i, h 2^i, w 2^i)
+            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)  # (B, c_i, h 2^i, w 2^i)
         return self.head(h)
 
 
@@ -333,7 +336,7 @@ def load_tokenizer(path, device="cpu"):
         model.image_size = int(state["args"]["image_size"])
         if model.image_size % model.f or model.image_size < 1:
             raise ValueError(f"image_size {model.image_size}")
-    return model.requires_grad_(False).eval().to(device)
+    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
 def count(module):

@@ -1,5 +1,8 @@
 """Sources, decoding, crops, and the order of images."""
+import gzip
 import io
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import torch
 from PIL import Image
 
 import data
-from data import EvalImages, Folder, Shapes, TrainImages
+from data import EvalImages, Folder, Shapes, Tar, TrainImages
 from runtime import BadInput
 
 
@@ -106,6 +109,116 @@ def test_lsun_is_read_in_workers(tmp_path):
     assert got == [25 * i for i in range(10)]
 
 
+def jpeg(value):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20), (value, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_tar(path, members):
+    """A tar file of {name: bytes}, in that order; its bytes."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path.read_bytes()
+
+
+def shown(source):
+    """Of every image its name within the tars, its label, and the red that it shows."""
+    red = [np.asarray(source.load(i))[0, 0, 0] for i in range(len(source))]
+    return [(os.fsdecode(source.names[i]), source.label(i), round(int(r), -1)) for i, r in enumerate(red)]
+
+
+def test_a_tar_gives_what_the_folder_gives(photos, tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(photos, "some/where")
+    folder, tar = data.open_source(str(photos)), data.open_source(str(tmp_path / "photos.tar"))
+    assert isinstance(tar, Tar) and tar.classes == folder.classes and len(tar) == len(folder) == 8
+    for workers in (0, 2):
+        for a, b in zip(stream(folder, workers=workers), stream(tar, workers=workers)):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+    data.check_size(tar, 32, "photos.tar")
+    with pytest.raises(BadInput, match="smaller than the crop"):
+        data.check_size(tar, 256, "photos.tar")
+
+
+def test_imagenets_archive_of_archives(tmp_path):
+    inner = {f"n0000000{c}.tar": make_tar(tmp_path / "classes" / f"n0000000{c}.tar",
+                                          {f"{i}.JPEG": jpeg(100 * c + 10 * i) for i in (1, 0)}) for c in (1, 0)}
+    make_tar(tmp_path / "train.tar", inner)
+    expected = [(f"n0000000{c}/{i}.JPEG", c, 100 * c + 10 * i) for c in (0, 1) for i in (0, 1)]
+    for spec in (tmp_path / "train.tar", tmp_path / "classes"):  # as published, and unpacked once
+        source = data.open_source(str(spec))
+        assert source.classes == ["n00000000", "n00000001"] and shown(source) == expected
+
+
+def test_webdatasets_shards(tmp_path):
+    shards = {"b": [(3, 2), (4, 0)], "a": [(1, 0), (2, 2)]}
+    for shard, images in shards.items():
+        make_tar(tmp_path / "web" / f"{shard}.tar",
+                 {name: content for i, label in images for name, content in (
+                     (f"./{i}.x.jpg", jpeg(10 * i)), (f"./{i}.cls", f"{label}\n".encode()), (f"./{i}.json", b"{}"))})
+    source = data.open_source(str(tmp_path / "web"))
+    assert source.classes == ["0", "1", "2"]
+    assert shown(source) == [("1.x.jpg", 0, 10), ("4.x.jpg", 0, 40), ("2.x.jpg", 2, 20), ("3.x.jpg", 2, 30)]
+    assert source.name(3) == f"{tmp_path}/web/b.tar/3.x.jpg"
+
+
+def test_a_flat_tar_has_no_classes_and_an_index(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "flat.tar"
+    make_tar(path, {"images/b.jpg": jpeg(20), "images/a.jpg": jpeg(10), "images/._a.jpg": b"", "notes.txt": b"x"})
+    source = data.open_source(str(path))
+    expected = [("images/a.jpg", 0, 10), ("images/b.jpg", 0, 20)]
+    assert not source.classes and shown(source) == expected
+
+    def never(*_):
+        raise AssertionError("the headers are read again")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_members", never)
+        again = data.open_source(str(path))
+    assert shown(again) == expected and again.signature() == source.signature()
+    make_tar(path, {"c.jpg": jpeg(30), "d.jpg": jpeg(40)})  # another file under the same name
+    os.utime(path, (1, 1))
+    other = data.open_source(str(path))
+    assert [name for name, *_ in shown(other)] == ["c.jpg", "d.jpg"] and other.signature() != source.signature()
+    (tmp_path / "flat.tar.index.npz").write_bytes(b"damaged")
+    assert len(data.open_source(str(path))) == 2
+
+    def full(*_):
+        raise BadInput("no room")
+    (tmp_path / "flat.tar.index.npz").unlink()
+    monkeypatch.setattr(data.runtime, "save_file", full)
+    capsys.readouterr()
+    assert len(data.open_source(str(path))) == 2 and "kept in memory" in capsys.readouterr().out
+
+
+def test_bad_tars_are_refused(tmp_path):
+    whole = make_tar(tmp_path / "whole.tar", {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
+    end = len(whole.rstrip(b"\0"))  # of the last image; zeros up to a whole block, then the archive's own end
+    content = {"cut": whole[:1800], "headless": whole[:1024], "endless": whole[:end + -end % 512], "text": b"no tar",
+               "empty": b"", "gz": gzip.compress(whole)}
+    for name, text in content.items():
+        (tmp_path / f"{name}.tar").write_bytes(text)
+    make_tar(tmp_path / "outer.tar", {"n00000001.tar": whole[:1800]})
+    make_tar(tmp_path / "none.tar", {"a.txt": b"x"})
+    make_tar(tmp_path / "mixed.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
+    make_tar(tmp_path / "word.tar", {"1.jpg": jpeg(1), "1.cls": b"cat"})
+    make_tar(tmp_path / "half.tar", {"1.jpg": jpeg(1), "1.cls": b"0", "2.jpg": jpeg(2)})
+    for name, words in [*[(name, r"can't be read as a tar file") for name in content],
+                        ("outer", "outer.tar/n00000001.tar can't be read as a tar"), ("none", "holds no images"),
+                        ("mixed", "both images and class folders"), ("word", "holds b'cat', not the number of a class"),
+                        ("half", r"2.jpg has no .cls file beside it")]:
+        with pytest.raises(BadInput, match=words):
+            data.open_source(str(tmp_path / f"{name}.tar"))
+    source = data.open_source(str(tmp_path / "whole.tar"))
+    (tmp_path / "whole.tar").unlink()
+    with pytest.raises(data.Unreadable, match="whole.tar/a/1.jpg"):
+        source.load(0)
+
+
 def test_batches_depend_on_seed_step_and_position_alone(monkeypatch):
     whole = [b[0] for b in stream(Tiny())]
     with_workers = [b[0] for b in stream(Tiny(), workers=2)]
@@ -155,6 +268,12 @@ def test_crops():
                                                       for _ in range(100))]
     assert 17 <= min(zooms) < 19 and 19 < max(zooms) <= 20  # side sqrt(0.75 .. 1)
     assert np.array_equal(data.augment(image, 100, "center", rng), centre)
+    square = Shapes().load(5, 120)
+    for size in (47, 200):  # PyTorch's resize is PIL's
+        outs = [data.augment(square, size, "random", rng) for _ in range(8)]
+        expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
+        errors = [min(np.abs(out - e).max() for e in (expected, expected[:, ::-1])) for out in outs]
+        assert max(errors) <= 1
 
 
 def test_float_range():

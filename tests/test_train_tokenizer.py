@@ -72,13 +72,34 @@ def test_both_phases(train, tmp_path, vgg, script):
     assert two["opt_d"]["state"][0]["step"] == 3
 
 
+def test_recomputed_activations_change_nothing_but_memory(train):
+    """The same run with --recompute, to the last bit; what the backward pass keeps is far less."""
+    one, two = train("--iters", 3), train("--iters", 3, "--recompute", out="two")
+    assert all(same(one[name], two[name]) for name in WEIGHTS)
+    train("--iters", 3, "--recompute", "--resume")  # may be chosen anew at each start
+    kept, model = [], vq.VQModel((16, 16, 16), 8, 16)
+    for recompute in (False, True):
+        model.encoder.recompute = model.decoder.recompute = recompute
+        size = 0
+
+        def pack(tensor):
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(torch.rand(2, 3, 32, 32))
+        kept.append(size)
+    assert kept[1] < kept[0] / 3
+
+
 def test_phase_2_begins_at_phase_1s_reconstructions(train, tmp_path):
     init = train()
     args = type("A", (), {"init": "x"})
     model = vq.VQModel(**{**init["config"], "attention": 1})
     train_tokenizer.load_init(model, None, init, args)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert torch.equal(model.eval()(x)[0], vq.load_tokenizer(tmp_path / "run" / "ckpt.pt")(x)[0])
+    model = model.eval().to(memory_format=torch.channels_last)
+    assert torch.equal(model(x)[0], vq.load_tokenizer(tmp_path / "run" / "ckpt.pt")(x)[0])
 
 
 def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, monkeypatch):
