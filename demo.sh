@@ -37,13 +37,13 @@ prior="$common --classes 10 --size tiny --views 1 --batch_size 32 --iters $((ste
 see() { go python train_vgg.py $common --labels fine --image_size 32 --widths 16 32 48 64 96 \
   --iters $((steps * 3 / 10)) --eval_every 200 --save_every 100 --seed "$1" --out "$out/$2"; }
 
-# Distance of samples to five times as many training pictures in the judge's features, and the share that it takes for the object
-# asked for.
+# Distance of samples to five times as many training pictures in the judge's features, and the share that it takes for
+# the object asked for.
 judge() { finished "$2" || go python fid.py --real "$out/train.npz" --fake "$1" --features "$out/judge/ckpt.pt" \
   --workers 0 --json "$2"; }
 
 lane() {  # everything about one alpha
-  local alpha=$1 run=$out/alpha$1 phase kind
+  local alpha=$1 run=$out/alpha$1 phase kind draw
   trap stop INT TERM  # a subshell forgets its traps
   say "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 8 minutes)"
   go python train_tokenizer.py $tokenizer --alpha "$alpha" --channels 16 32 64 --z_dim 32 --codebook_size 256 \
@@ -57,11 +57,13 @@ lane() {  # everything about one alpha
       --tokenizer "$run/phase$phase/ckpt.pt" --features "$out/judge/ckpt.pt" --json "$run/phase$phase.json"
   done
   for kind in ar nar; do
+    draw="--prior $run/$kind/best.pt --n $samples --batch_size 100"
+    [ $kind = ar ] || draw="$draw --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
     say "the $kind prior on phase 1's codes, which are phase 2's as well (3 minutes)"
     go python train_prior.py $prior --kind $kind --tokenizer "$run/phase1/ckpt.pt" --codes "$run/codes" --out "$run/$kind"
     for phase in 1 2; do  # the same sampled codes, decoded by either phase
-      finished "$run/$kind$phase/samples.npz" || go python sample.py --prior "$run/$kind/best.pt" --n "$samples" \
-        --tokenizer "$run/phase$phase/ckpt.pt" --batch_size 100 --out "$run/$kind$phase"
+      finished "$run/$kind$phase/samples.npz" || go python sample.py $draw \
+        --tokenizer "$run/phase$phase/ckpt.pt" --out "$run/$kind$phase"
       judge "$run/$kind$phase/samples.npz" "$run/$kind$phase.json"
     done
   done
