@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -20,8 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trials
 from conftest import ROOT
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from test_prior import PRIOR, save_tokenizer
 from test_train_tokenizer import TINY, WEIGHTS, lines, same
 
@@ -398,12 +400,24 @@ def test_a_validation_that_a_kill_prevented_is_made_up_for(script, vgg, tmp_path
     assert all(same(one[key], two[key]) for key in WEIGHTS)
 
 
-def test_the_trials(tmp_path):
-    """A few of the long trials: kills at random moments of all stages, damaged files."""
-    words = [sys.executable, ROOT / "tests/trials.py", "--kills", "2", "--fuzz", "2"]
+def test_kills_at_random_moments():
+    """The long trial's first kills: all that trains, the code cache and the samples end as if undisturbed."""
+    words = [sys.executable, ROOT / "tests/trials.py", "--kills", "1"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^(kill|damage|files)", done.stdout, re.M)) == 25
+    assert len(re.findall(r"^kill", done.stdout, re.M)) == 6
+
+
+def test_damaged_and_made_up_files(tmp_path):
+    """The long trial's first ones: cut, changed bits, wrong kinds, code in pickles, absurd shapes."""
+    try:
+        rows = list(trials.fuzz(3, tmp_path / "fuzz", random.Random(0)))
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert len(rows) == 19
+    for name, _, failures in rows:
+        assert not failures, name
 
 
 # ---------------------------------------------------------------------------------------------------- torchrun
@@ -520,7 +534,9 @@ def odd_images(folder):
             "postscript.jpg": None}
 
 
-def test_odd_images_are_read_or_named_and_counted(tmp_path, capsys, stop, recwarn):
+def test_odd_images_are_read_or_named_and_counted(tmp_path, capsys, stop, recwarn, monkeypatch):
+    programs = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: programs.append(args))
     (tmp_path / "odd").mkdir()
     wanted = odd_images(tmp_path / "odd")
     (tmp_path / "odd/photo.jfif").write_bytes((tmp_path / "odd/whole.png").read_bytes())
@@ -542,6 +558,7 @@ def test_odd_images_are_read_or_named_and_counted(tmp_path, capsys, stop, recwar
             assert np.asarray(image).max() == 40_000 // 257
         if name.startswith("animated"):
             assert np.asarray(image).max() <= 1  # the first frame
+    assert not programs  # PostScript is a language: none of it is run
     assert sorted(refused) == sorted(name for name, size in wanted.items() if size is None)
     bad = data.Bad(source)
     with pytest.raises(BadInput, match="9 of 19 images can't be read"):
@@ -574,15 +591,14 @@ def test_a_damaged_lmdb(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- numbers
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bad_losses_of_a_prior_are_skipped(script, tokenizer, tmp_path, monkeypatch, value):
+def test_a_bad_loss_of_a_prior_is_skipped(script, tokenizer, tmp_path, monkeypatch):
     words = ["train_prior", *PRIOR, "--tokenizer", tokenizer, "--save_every", 2, "--out"]
     loss, calls = sample.Transformer.loss, []
 
     def poison(self, *args):
         total, count = loss(self, *args)
         calls.append(self.training)
-        return total * (value if self.training and calls.count(True) == 2 else 1), count
+        return total * (torch.inf if self.training and calls.count(True) == 2 else 1), count
     monkeypatch.setattr(sample.Transformer, "loss", poison)
     script(*words, tmp_path / "one")
     state = torch.load(tmp_path / "one/ckpt.pt", weights_only=True)

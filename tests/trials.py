@@ -44,9 +44,7 @@ from runtime import BadInput  # noqa: E402
 from transformer import Transformer  # noqa: E402
 
 torch.set_num_threads(1)
-data.Shapes.SIZES = {"train": 40, "val": 8}
-train_prior.CHUNK = 4  # many chunks, so that kills fall between and into them
-TRAIN = "--image_size 16 --iters 14 --batch_size 4 --log_every 2 --eval_every 3 --save_every 1 --device cpu --resume"
+TRAIN = "--image_size 16 --iters 9 --batch_size 4 --log_every 2 --eval_every 3 --save_every 1 --device cpu --resume"
 TOKENIZER = (f"train_tokenizer.py {TRAIN} --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 "
              f"--disc_ramp 2 --r1_every 2 --ema 0.9 --val_n 4")
 PRIOR = TRAIN.replace("--image_size 16", "") + " --size tiny --classes 10 --ema 0.9 --workers 0"
@@ -172,8 +170,8 @@ def kills(n, folder, rng):
         ("train_tokenizer.py", f"{TOKENIZER} --vgg {vgg} --workers 0", trained),
         ("train_tokenizer.py, 2 data workers", f"{TOKENIZER} --vgg {vgg} --workers 2", trained),
         ("train_prior.py", f"train_prior.py {prior} --codes {folder}/codes --kind nar", trained),
-        ("encoding the data set", f"train_prior.py {prior} --iters 1 --views 8", cached),
-        ("sample.py", f"sample.py --prior {folder}/prior/ckpt.pt --tokenizer {tokenizer} --n 40 --batch_size 2 --png "
+        ("encoding the data set", f"train_prior.py {prior} --iters 1 --views 4", cached),
+        ("sample.py", f"sample.py --prior {folder}/prior/ckpt.pt --tokenizer {tokenizer} --n 24 --batch_size 2 --png "
                       f"--device cpu", sampled)]
     for i, (name, job, equal) in enumerate(stages):
         (folder / f"stages/{i}").mkdir()
@@ -223,7 +221,9 @@ class Code:
 def outcome(load, path, good, changes_show=True):
     """What came of reading a bad file: "" if it was refused in one sentence, or read as if whole; else the fault."""
     try:
-        found = load(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of pictures whose headers do not fit
+            found = load(path)
     except (BadInput, data.Unreadable) as error:
         return "" if "\n" not in str(error) else f"more than one line: {error}"
     except BaseException as error:
@@ -362,7 +362,7 @@ def crafted(folder, readers):
         yield f"npz with code {i}", readers["samples.npz" if i < 2 else "statistics.npz"], folder / f"evil{i}.npz"
     eye = np.eye(8)
     for i, arrays in enumerate((dict(mu=np.zeros(8)), dict(mu=np.zeros((2, 4)), sigma=eye), dict(mu="x", sigma=eye),
-                                dict(mu=np.zeros(8), sigma=eye * np.inf), dict(mu=np.zeros(8), sigma=np.triu(eye + 1)),
+                                dict(mu=np.zeros(8), sigma=np.full((8, 8), np.inf)), dict(mu=np.zeros(8), sigma=np.triu(eye + 1)),
                                 dict(mu=np.zeros(8), sigma=-eye), dict(mu=np.zeros(8), sigma=eye * 1j),
                                 dict(mu=np.zeros(8), sigma=eye, n="x", resize="none", weights="0"),
                                 dict(mu=np.zeros(8), sigma=eye, weights=np.arange(3)))):
@@ -387,7 +387,6 @@ def crafted(folder, readers):
 def fuzz(n, folder, rng):
     """Rows of the table: files damaged n times each, and files made up."""
     folder.mkdir()
-    warnings.simplefilter("ignore")  # PIL's, of pictures whose headers do not fit
     files = list(targets(folder))
     for name, load, shows in files:
         raw, failures = (folder / name).read_bytes(), []
@@ -439,7 +438,7 @@ def soak(seconds, folder):
     rounds, began = [], time.monotonic()
     while time.monotonic() - began < seconds:
         workers = 2 if len(rounds) % 10 == 0 else 0
-        for job in (f"{TOKENIZER} {train} --workers {workers}", prior, f"{prior} --iters 14 --resume",
+        for job in (f"{TOKENIZER} {train} --workers {workers}", prior,
                     f"sample.py --prior {folder}/prior/ckpt.pt --tokenizer {folder}/tokenizer.pt --n 4 --device cpu "
                     f"--out {folder}/samples"):
             sys.argv = job.split()
@@ -479,6 +478,8 @@ def main():
     parser.add_argument("--soak", type=int, default=0, help="seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damage")
     args = parser.parse_args()
+    data.Shapes.SIZES = {"train": 40, "val": 8}
+    train_prior.CHUNK = 4  # many chunks, so that kills fall between and into them
     rng, folder, failed = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="trials-")), 0
     rows = [*([kills(args.kills, folder / "kills", rng)] if args.kills else []),
             *([fuzz(args.fuzz, folder / "fuzz", rng)] if args.fuzz else []),
