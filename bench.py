@@ -38,7 +38,7 @@ import vq
 SIZES = {
     "paper": dict(image_size=256, batch_size=32, channels=[128, 128, 256, 256, 512], z_dim=256, codebook_size=1024,
                   disc_channels=[128, 512], prior="base"),
-    "small": dict(image_size=64, batch_size=16, channels=[32, 48, 64, 96], z_dim=64, codebook_size=1024,
+    "small": dict(image_size=64, batch_size=8, channels=[32, 48, 64, 96], z_dim=64, codebook_size=1024,
                   disc_channels=[32, 128], prior="tiny"),
 }
 # What --naive switches off, one after the other, and what then stands in its place.
