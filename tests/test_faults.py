@@ -572,6 +572,16 @@ def test_odd_images_are_read_or_named_and_counted(tmp_path, capsys, stop, recwar
         [images.read(j) for j in range(len(images))]
 
 
+def test_a_changed_pixel_of_samples_is_noticed(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((40, 16, 16, 3), np.uint8))
+    raw = bytearray((tmp_path / "a.npz").read_bytes())
+    assert not fid.Samples(str(tmp_path / "a.npz")).load(3).getbbox()
+    raw[20_000] = 1
+    (tmp_path / "a.npz").write_bytes(raw)
+    with pytest.raises(BadInput, match="arr_0.npy is damaged"):
+        fid.Samples(str(tmp_path / "a.npz"))
+
+
 def test_a_damaged_lmdb(tmp_path):
     lmdb = pytest.importorskip("lmdb")
     env = lmdb.open(str(tmp_path / "a"), map_size=1 << 24)

@@ -362,7 +362,8 @@ def crafted(folder, readers):
         yield f"npz with code {i}", readers["samples.npz" if i < 2 else "statistics.npz"], folder / f"evil{i}.npz"
     eye = np.eye(8)
     for i, arrays in enumerate((dict(mu=np.zeros(8)), dict(mu=np.zeros((2, 4)), sigma=eye), dict(mu="x", sigma=eye),
-                                dict(mu=np.zeros(8), sigma=np.full((8, 8), np.inf)), dict(mu=np.zeros(8), sigma=np.triu(eye + 1)),
+                                dict(mu=np.zeros(8), sigma=np.full((8, 8), np.inf)),
+                                dict(mu=np.zeros(8), sigma=np.triu(eye + 1)),
                                 dict(mu=np.zeros(8), sigma=-eye), dict(mu=np.zeros(8), sigma=eye * 1j),
                                 dict(mu=np.zeros(8), sigma=eye, n="x", resize="none", weights="0"),
                                 dict(mu=np.zeros(8), sigma=eye, weights=np.arange(3)))):
