@@ -101,8 +101,9 @@ def flags(parser):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_has_a_help_text(name, monkeypatch):
-    shared = (ROOT / "runtime.py").read_text() + (ROOT / "data.py").read_text()
-    text = (ROOT / f"{name}.py").read_text() + (shared if name.startswith("train") else "")
+    text = (ROOT / f"{name}.py").read_text()  # and what it imports, where some of the shared flags are read
+    files = [ROOT / f"{module}.py" for module in re.findall(r"^(?:import|from) (\w+)", text, re.M)]
+    text += "".join(file.read_text() for file in files if file.exists())
     for action in parser_of(name, monkeypatch)._actions[1:]:  # the first is --help
         assert action.help, action.dest
         assert re.search(rf"\bargs\.{action.dest}\b(?! = )", text), f"--{action.dest} is read nowhere"
