@@ -18,7 +18,6 @@ import re
 import signal
 import tarfile
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -167,8 +166,9 @@ class Tar:
     def _load(store, stamp):
         try:
             with np.load(store) as file:
-                return dict(file) if str(file["stamp"]) == stamp else None
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+                index = {key: file[key] for key in ("names", "tar", "offset", "size", "labels", "classes")}
+                return index if str(file["stamp"]) == stamp else None
+        except Exception:  # not there, or damaged, which can raise nearly anything: it is made again
             return None
 
     def _scan(self, size):

@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -305,6 +306,22 @@ def targets(folder):
         shutil.copy(folder / "whole" / name, folder / name)
         yield name, cache(name), True
     picture = data.draw(3, 3, 40)
+
+    def tar(path):  # a damaged index is made again; a damaged tar is refused, or some of its images are
+        shutil.copy(path, folder / "shard.tar" if Path(path).suffix == ".tar" else folder / "shard.tar.index.npz")
+        source = data.open_source(str(folder / "shard.tar"))
+        return [source.load(i).tobytes() for i in range(len(source))]
+
+    with tarfile.open(folder / "whole.tar", "w") as archive:
+        for name in ("a", "b", "c"):
+            picture.save(folder / "image.png")
+            archive.add(folder / "image.png", f"{name}/{name}.png")
+    shutil.copy(folder / "whole.tar", folder / "shard.tar")
+    shutil.copy2(folder / "whole.tar", folder / "images.tar")
+    data.open_source(str(folder / "shard.tar"))
+    shutil.copy(folder / "shard.tar.index.npz", folder / "index.npz")
+    yield "index.npz", tar, True
+    yield "images.tar", tar, False
     for extension, options in (("jpg", {}), ("png", {}), ("gif", {}), ("webp", {}), ("bmp", {}), ("ppm", {}),
                                ("tiff", {"compression": "tiff_lzw"})):
         picture.save(folder / f"image.{extension}", **options)
