@@ -12,14 +12,14 @@ mkdir -p "$out"
 
 flags() {  # what a row changes
   case $1 in
-    base) ;;
+    base) echo "--alpha 0" ;;
     # Table 1: better reconstruction by a larger decoder, by attention, by training
-    conv) echo "--decoder_extra_blocks 2" ;;
-    attention) echo "--decoder_attention 2" ;;
-    long) echo "--iters $((2 * steps))" ;;
+    conv) echo "--alpha 0 --decoder_extra_blocks 2" ;;
+    attention) echo "--alpha 0 --decoder_attention 2" ;;
+    long) echo "--alpha 0 --iters $((2 * steps))" ;;
     # Table 5: how the codebook is kept in use; so here it begins as in the paper, and gets the time that this takes
-    entropy | none | kmeans) echo "--codebook $1 --vq_start 0 --iters $((2 * steps))" ;;
-    factorized) echo "--codebook factorized --codebook_size 8192 --vq_start 0 --iters $((2 * steps))" ;;
+    entropy | none | kmeans) echo "--alpha 0 --codebook $1 --vq_start 0 --iters $((2 * steps))" ;;
+    factorized) echo "--alpha 0 --codebook factorized --codebook_size 8192 --vq_start 0 --iters $((2 * steps))" ;;
     # Table 6: layers of the perceptual loss
     A) echo "--perceptual_layers relu1_2 relu2_2 relu3_3 relu4_3 relu5_3 logit" ;;
     B) echo "--perceptual_layers relu2_2 relu3_3 relu4_3 relu5_3 logit" ;;
@@ -35,7 +35,7 @@ row() {
   local run=$out/$1
   # of a flag given twice the last counts: --codebook_size, --iters, --vq_start
   python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --channels 16 32 64 \
-    --z_dim 32 --codebook_size 256 --alpha 0 --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 \
+    --z_dim 32 --codebook_size 256 --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 \
     --vq_start $((steps / 8)) --disc_channels 16 64 --r1 1 --disc_start $((steps / 10)) --disc_ramp $((steps / 5)) \
     --val_n 500 --eval_every 1000 --out "$run/phase1" $(flags "$1")
   [ -e "$run/phase1.json" ] || python fid.py --real "$out/val" --tokenizer "$run/phase1/ckpt.pt" --workers 0 \

@@ -330,6 +330,7 @@ def inception(folder, device):
 # ------------------------------------------------------------------------------------------------ the tables
 
 def stages(args, device):
+    """Print a row for each stage: images/s, TFLOP an image, TFLOP/s, their share of a matrix product's, peak MB."""
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     rate, b = matmul_rate(device, low), args.batch_size
     print(f"one large matrix product, {low}: {rate:.3f} TFLOP/s\n\n"
@@ -392,6 +393,7 @@ def loading(args):
 
 
 def naive(args, device):
+    """Print the time of a tokenizer step and of AR sampling, whole and with each optimisation switched off in turn."""
     print(f"\n{'':70} {'ms':>8} {'times':>6} {'peak MB':>8}")
 
     def table(rows):

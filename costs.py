@@ -24,7 +24,7 @@ RUNS = [("ImageNet", "phase 1", 500_000, 256), ("ImageNet", "phase 2", 200_000, 
         ("FFHQ", "phase 1", 300_000, 64), ("FFHQ", "phase 2", 200_000, 32),
         ("LSUN cat", "phase 1", 26_000, 64), ("LSUN cat", "phase 2", 200_000, 64),
         ("LSUN bedroom", "phase 1", 48_000, 64), ("LSUN bedroom", "phase 2", 200_000, 64),
-        ("LSUN church", "phase 1", 4_000, 32), ("LSUN church", "phase 2", 200_000, 64),
+        ("LSUN church", "phase 1", 4_000, 32), ("LSUN church", "phase 2", 200_000, 32),
         *[("ImageNet", f"{kind} {size}", 1_500_000, 256) for size in ("base", "large") for kind in ("AR", "NAR")],
         ("FFHQ", "NAR base", 500_000, 32),
         *[(name, f"{kind} base", 500_000, batch) for name, batch in

@@ -95,14 +95,14 @@ def measure(run, device):
     figures = {}
     for alpha, folder in alphas(run).items():
         print(f"measuring {folder}", flush=True)
-        one, two = (vq.load_tokenizer(folder / phase / "ckpt.pt", device) for phase in ("phase1", "phase2"))
+        prior, one, _ = sample.load_pair(folder / "ar" / "best.pt", folder / "phase1" / "ckpt.pt", device)
+        two = vq.load_tokenizer(folder / "phase2" / "ckpt.pt", device)
         x, labels, _ = sample.read_images("shapes", one.image_size, HELD_OUT, device)
         values = fidelity(one, judge, x)
         values |= {f"{name}_2": value for name, value in fidelity(two, judge, x).items()}
         values["noise"] = 100 * sample.changed_codes(one, x, 0.01, seed=0)
         values["same_codes"] = vq.fingerprint(one) == vq.fingerprint(two)
-        prior, tokenizer, _ = sample.load_pair(folder / "ar" / "best.pt", folder / "phase1" / "ckpt.pt", device)
-        s = torch.cat([tokenizer.encode(part)[1] for part in x.split(100)]).flatten(1)
+        s = torch.cat([one.encode(part)[1] for part in x.split(100)]).flatten(1)
         top1 = torch.cat([prior(*part).argmax(-1) for part in zip(s.split(100), labels.to(device).split(100))])
         values["top1"] = 100 * (top1 == s).float().mean().item()
         for kind in ("ar", "nar"):

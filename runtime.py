@@ -279,6 +279,16 @@ def download(tensor):
     return array
 
 
+def one_behind(items):
+    """Yield each item when the next one is under way: the device works on that one while the host writes this one."""
+    waiting = []
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -127,25 +127,21 @@ def draw(args, device):
     samples, todo = part.arrays["samples"], part.todo()
     progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
 
-    def write(rows, images):
+    def drawn():
+        for rows in todo:
+            ids = torch.arange(rows.start, rows.start + b)
+            with runtime.autocast(device, args.dtype):
+                y = labels[ids % args.n] if classes else None
+                indices = prior.generate(ids.tolist(), args.seed, y, **options)
+            images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
+            yield rows, runtime.download(images)
+
+    for rows, images in runtime.one_behind(drawn()):
         samples[rows.start:rows.stop] = images()[:len(rows)]
         for i in rows if args.png else ():
             Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
         part.mark(rows)
         progress(len(rows) * runtime.world())
-
-    waiting = []  # a batch is written while the device is busy with the next one
-    for rows in todo:
-        ids = torch.arange(rows.start, rows.start + b)
-        with runtime.autocast(device, args.dtype):
-            y = labels[ids % args.n] if classes else None
-            indices = prior.generate(ids.tolist(), args.seed, y, **options)
-        images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
-        waiting.append((rows, runtime.download(images)))
-        if len(waiting) > 1:
-            write(*waiting.pop(0))
-    for batch in waiting:
-        write(*batch)
     part.close()
     if runtime.is_main():
         some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -88,21 +88,18 @@ def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, devic
     if todo := cache.todo():
         progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
 
-        def write(chunk, y, indices):
+        def encoded():
+            for chunk, (images, y, index) in zip(todo, data.loader(dataset, todo, args.workers, device)):
+                bad(index)
+                with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
+                    indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
+                yield chunk, y, runtime.download(indices.flatten(1))
+
+        for chunk, y, indices in runtime.one_behind(encoded()):
             codes[chunk.start:chunk.stop] = indices().astype(np.uint16)
             labels[chunk.start:chunk.stop] = y.numpy()
             cache.mark(chunk)
             progress(len(chunk))
-
-        waiting = []  # a chunk is written while the device is busy with the next one
-        for chunk, (images, y, index) in zip(todo, data.loader(dataset, todo, args.workers, device)):
-            bad(index)
-            with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
-                indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
-            waiting.append((chunk, y, runtime.download(indices.flatten(1))))
-            if len(waiting) > 1:
-                write(*waiting.pop(0))
-        write(*waiting.pop())
     cache.close()
     return codes, labels
 

@@ -328,10 +328,13 @@ def test_memory_that_no_machine_has(stop, tmp_path, vgg):
 
 def test_a_lock_does_not_live_on_in_a_forked_child(tmp_path):
     held = runtime.lock(tmp_path)
+    ready, started = os.pipe()
     child = os.fork()
     if not child:
+        os.write(started, b"x")
         time.sleep(60)
         os._exit(0)
+    os.read(ready, 1)  # the child has run what it runs after a fork
     try:
         with pytest.raises(BadInput, match="in use by another run"):
             runtime.lock(tmp_path)
