@@ -1,4 +1,5 @@
 """bench.py and costs.py: the step that is measured is the script's, fast and naive agree, the counts are exact."""
+import time
 from argparse import Namespace
 from functools import partial
 
@@ -38,6 +39,16 @@ def small_vgg(monkeypatch):
         torch.manual_seed(1)
         return Eyes()
     monkeypatch.setattr(losses, "VGG16", make)
+
+
+@pytest.fixture
+def once(monkeypatch):
+    """Measurements of one call each: what is printed is looked at, not how steady it is."""
+    def measure(call, device, seconds):
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin, 100.0
+    monkeypatch.setattr(bench, "measure", measure)
 
 
 def batches():
@@ -133,7 +144,13 @@ def test_nothing_waits_for_the_device(small_vgg):
         bench.count(lambda cpu: Tokenizer(ARGS, cpu, off=("channels_last", "wait")).step)
 
 
-def test_every_stage_is_printed(script, small_vgg, monkeypatch, capsys):
+def test_a_measurement_is_the_median_of_warm_calls():
+    naps = iter([0.3, 0.1, 0.06, 0.2, 0.07])  # the first two warm up
+    seconds, _ = bench.measure(lambda: time.sleep(next(naps)), CPU, 0)
+    assert 0.07 <= seconds < 0.2
+
+
+def test_every_stage_is_printed(script, small_vgg, once, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "small", {**vars(ARGS), "image_size": 16, "batch_size": 4})
     script("bench", "--seconds", 0, "--naive", "--device", "cpu")
     out = capsys.readouterr().out
@@ -147,7 +164,7 @@ def test_every_stage_is_printed(script, small_vgg, monkeypatch, capsys):
     assert speed == pytest.approx(images * per_image, abs=2e-3)
 
 
-def test_growth_and_its_law(script, small_vgg, monkeypatch, capsys):
+def test_growth_and_its_law(script, small_vgg, once, monkeypatch, capsys):
     monkeypatch.setitem(bench.SIZES, "small", {**vars(ARGS), "batch_size": 4, "image_size": 16})
     script("costs", "--growth", "--seconds", 0, "--device", "cpu")
     rows = {line.split(" (law")[0]: line.split(")")[1].split() for line in capsys.readouterr().out.splitlines()

@@ -146,6 +146,7 @@ def kill(job, equal, folder, n, rng):
                     if code not in (0, -number, 130):
                         failures.append(f"{number.name}: exit code {code}")
                         return failures + [log.read_text()[-2000:]]
+                    done = (out / "samples.npz").exists()  # what sample.py writes last: from now on it is refused
             else:
                 if code := end(pid):
                     return failures + [f"going on: exit code {code}\n{log.read_text()[-2000:]}"]
