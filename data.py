@@ -448,7 +448,8 @@ class Shapes:
         return f"shapes {self.first + i} ({self.classes[self.label(i)]})"
 
     def signature(self):
-        return _hash(f"shapes {self.first} {self.n}".encode())
+        first = draw(self.first, 0, 32).tobytes()  # codes of pictures that were drawn in another way are others
+        return _hash(f"shapes {self.first} {self.n}".encode() + first)
 
     def load(self, i, at_least=0):
         return draw(self.first + i, self.label(i), at_least or 256)
@@ -468,20 +469,20 @@ def draw(index, label, size):
     hue = family / len(COLOURS) + rng.uniform(-0.05, 0.05)
     big = 3 * size  # polygons are drawn at three times the size and box-reduced: smooth edges
 
-    # The wall: a gradient with about 110 chips of stone, each of its own colour and shape.
+    # The wall: a gradient with 40 pale chips of stone, each of its own colour and shape.
     wall_hue, value, direction = rng.uniform(), rng.uniform(0.55, 0.95), rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-1, 1, size)
     ramp = (axis[None] * np.cos(direction) + axis[:, None] * np.sin(direction))[..., None] / 2.8 + 0.5  # (S, S, 1)
     wall = ramp * _rgb(wall_hue, 0.18, value) + (1 - ramp) * _rgb(wall_hue + 0.08, 0.3, value * 0.82)
     chips = Image.new("RGBA", (2 * size, 2 * size))
     pen = ImageDraw.Draw(chips)
-    a, b, c = rng.uniform(0, 1, (3, 110))
-    corners = rng.uniform(0, 6.3, (110, 1)) + np.arange(5) * 1.2566 + a[:, None] * [0, 0.5, -0.4, 0.3, -0.5]
-    stones = np.stack([np.cos(corners), (0.6 + 0.5 * b)[:, None] * np.sin(corners)], 2)  # (110, 5, 2)
-    stones = (stones * rng.uniform(0.015, 0.05, (110, 1, 1)) + rng.uniform(0, 1, (110, 1, 2))) * 2 * size
+    a, b, c = rng.uniform(0, 1, (3, 40))
+    corners = rng.uniform(0, 6.3, (40, 1)) + np.arange(5) * 1.2566 + a[:, None] * [0, 0.5, -0.4, 0.3, -0.5]
+    stones = np.stack([np.cos(corners), (0.6 + 0.5 * b)[:, None] * np.sin(corners)], 2)  # (40, 5, 2)
+    stones = (stones * rng.uniform(0.02, 0.07, (40, 1, 1)) + rng.uniform(0, 1, (40, 1, 2))) * 2 * size
     fills = _rgb(wall_hue + 0.5 * (c > 0.6) + 0.1 * a, 0.15 + 0.35 * b, 0.35 + 0.6 * c).astype(int)
-    for stone, fill in zip(stones.reshape(110, 10).tolist(), fills.tolist()):
-        pen.polygon(stone, fill=(*fill, 190))
+    for stone, fill in zip(stones.reshape(40, 10).tolist(), fills.tolist()):
+        pen.polygon(stone, fill=(*fill, 140))
     chips = np.asarray(chips.reduce(2), np.float32)
 
     # The object: polygons under a random similarity with a little aspect, flip and rotation.

@@ -29,8 +29,8 @@ finished() { [ -e "$1" ]; }
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --r1 1 --val_n 500
            --eval_every 500 --save_every 200 --seed $seed"
-prior="$common --classes 10 --size tiny --views 1 --batch_size 32 --iters $((steps * 6 / 10)) --lr 2e-3 --lr_end 1e-4
-       --decay_start 0 --dropout 0 --eval_every 100 --save_every 200 --seed $seed"
+prior="$common --classes 10 --size tiny --views 1 --batch_size 16 --iters $((steps * 12 / 10)) --lr 2e-3 --lr_end 1e-4
+       --decay_start 0 --dropout 0 --eval_every 200 --save_every 200 --seed $seed"
 
 # Networks that see: VGG16 knows photographs, not these pictures. Labels are finer than the classes (object x colour),
 # for a network that needs no colour forgets it. One is for the loss; the other, of another seed, is the judge.
