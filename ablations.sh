@@ -40,8 +40,8 @@ row() {
     --val_n 500 --eval_every 1000 --out "$run/phase1" $(flags "$1")
   [ -e "$run/phase1.json" ] || python fid.py --real "$out/val" --tokenizer "$run/phase1/ckpt.pt" --workers 0 \
     --features "$demo/judge/ckpt.pt" --json "$run/phase1.json"
-  python train_prior.py $common --classes 10 --size tiny --views 1 --batch_size 32 --iters "$steps" --lr 2e-3 \
-    --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 100 --tokenizer "$run/phase1/ckpt.pt" --out "$run/ar"
+  python train_prior.py $common --classes 10 --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) --lr 2e-3 \
+    --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 200 --tokenizer "$run/phase1/ckpt.pt" --out "$run/ar"
   [ -e "$run/ar1/samples.npz" ] || python sample.py --prior "$run/ar/best.pt" --tokenizer "$run/phase1/ckpt.pt" \
     --n 1000 --batch_size 100 --out "$run/ar1"
   [ -e "$run/ar1.json" ] || python fid.py --real "$demo/train.npz" --fake "$run/ar1/samples.npz" --workers 0 \
