@@ -34,6 +34,7 @@ class BadInput(ValueError):
 
 # What the machine may do to a program that is right. All other RuntimeErrors are our own and show their traceback.
 MACHINE = ("out of memory", "can't allocate memory", "DataLoader worker (pid")
+LOST = ("Connection closed by peer", "Connection reset by peer")  # gloo, when another process has ended
 
 
 def run(main):
@@ -48,6 +49,8 @@ def run(main):
     except KeyboardInterrupt:
         _leave(130, "interrupted")
     except (OSError, MemoryError, RuntimeError) as error:
+        if world() > 1 and any(words in str(error) for words in LOST):
+            _leave(2, "another process of this run has ended: look for its message")
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in MACHINE):
             raise
         advice = ("mend the disk or the permissions" if isinstance(error, OSError) else

@@ -435,6 +435,12 @@ def torchrun(*words, **options):
                             stderr=subprocess.DEVNULL, text=True, cwd=ROOT, **options)
 
 
+def test_one_process_refuses_and_the_others_end_without_a_traceback(launch, tmp_path):
+    done = launch(["train_tokenizer.py", *TINY, "--vgg", tmp_path / "none.pt", "--out", tmp_path / "run"], 2, False)
+    assert done.returncode and "none.pt: no such file" in done.stderr
+    assert "[rank" not in done.stderr  # torchrun's mark of a worker's traceback; its own comes always
+
+
 def read_until(process, start):
     for line in process.stdout:
         if line.startswith(start):
