@@ -25,9 +25,9 @@ PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, betas=[0.9, 0.99], alph
                  decoder_attention=0),
          2: dict(iters=200_000, batch_size=128, lr=5e-5, betas=[0.5, 0.9], alpha=0.0,
                  decoder_attention=1)}
-# The tokenizer's shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
+# The networks' shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
 SHAPE = dict(channels=[128, 128, 256, 256, 512], z_dim=256, codebook="entropy", codebook_size=1024, image_size=256,
-             decoder_extra_blocks=0)
+             decoder_extra_blocks=0, disc_channels=[128, 512])
 
 
 def parse():
@@ -63,7 +63,7 @@ def parse():
     add("--vq_start", type=runtime.count, default=0, help="steps without quantization; then codes begin at K-means")
     add("--disc_start", type=runtime.count, default=0, help="step at which the adversarial weight begins to rise")
     add("--disc_ramp", type=runtime.count, help="steps over which it rises: 20000; with --init: 0")
-    add("--disc_channels", type=runtime.positive, nargs=2, default=[128, 512], help="at full resolution, at most")
+    add("--disc_channels", type=runtime.positive, nargs=2, help="at full resolution, at most")
     add("--r1", type=runtime.weight, default=10.0, help="weight of the R1 penalty")
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
@@ -95,6 +95,8 @@ def settle_shape(args):
         with runtime.refusing(args.init):
             has = {**init["args"], **init["config"], "decoder_extra_blocks": init["config"]["extra_blocks"]}
             shape = {name: has[name] for name in SHAPE}
+            if not init["disc"] and args.disc_channels:  # a new one may have any
+                shape["disc_channels"] = args.disc_channels
             runtime.restore(args.init, lambda: vq.VQModel(**init["config"]), init["ema"] or init["model"])
     elif args.phase == 2:
         raise BadInput("--phase 2 needs --init: the checkpoint of a finished phase 1")

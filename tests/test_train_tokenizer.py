@@ -54,8 +54,7 @@ def test_both_phases(train, tmp_path, vgg, script):
     one = train()
     assert one["step"] == 6 and one["config"]["attention"] == 0
     words = ["--phase", 2, "--init", tmp_path / "run" / "ckpt.pt", "--vgg", vgg, "--out", tmp_path / "two",
-                   "--iters", 3, "--batch_size", 8, "--workers", 0, "--val_n", 10, "--log_every", 1, "--device", "cpu",
-                   "--disc_channels", 8, 8]
+                   "--iters", 3, "--batch_size", 8, "--workers", 0, "--val_n", 10, "--log_every", 1, "--device", "cpu"]
     script("train_tokenizer", *words)
     two = torch.load(tmp_path / "two" / "ckpt.pt", weights_only=True)
     assert two["args"]["lr"] == two["args"]["lr_end"] == 5e-5 and two["args"]["betas"] == [0.5, 0.9]
@@ -355,7 +354,7 @@ def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
             (["--vq_start", 2, "--codebook", "kmeans"], "has no start"),
             (["--data", photos, "--image_size", 256], "smaller than the crop"),
             (["--phase", 2, "--init", good, "--z_dim", 16], "not the shape of --init"),
-            (["--phase", 2, "--init", good, "--disc_channels", 4, 8], "does not fit"),
+            (["--phase", 2, "--init", good, "--disc_channels", 4, 8], "is not the shape of --init"),
             (["--init", tmp_path / "cut.pt"], "damaged"), (["--init", vgg], "holds a vgg checkpoint"),
             (["--init", tmp_path / "none.pt"], "no such file"), (["--vgg", tmp_path / "none.pt"], "no such file"),
             (["--vgg", good], "holds a tokenizer checkpoint"), (["--channels", 20, 30], "multiple of 16"),
