@@ -44,7 +44,7 @@ SIZES = {
 # What --naive switches off, one after the other, and what then stands in its place.
 OFF = {"compile": "no torch.compile", "bf16": "fp32", "channels_last": "channels first in memory",
        "fused": "Adam tensor by tensor, checked on the host", "layers": "all six VGG layers, of whatever weight",
-       "frozen": "gradients of VGG's and D's weights in the tokenizer's step", "reuse": "reconstructed again for D",
+       "frozen": "gradients of VGG's and D's weights, too", "reuse": "reconstructed again for D",
        "blur": "autograd's own derivatives of the blur", "lazy": "R1 at every step", "wait": "every loss read at once"}
 LAYOUT = ("channels_last",)  # off where FLOPs are counted: tensors without contents can't always be laid out anew
 R1_EVERY = 16
