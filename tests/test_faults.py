@@ -442,6 +442,7 @@ def test_one_process_refuses_and_the_others_end_without_a_traceback(launch, tmp_
 
 
 def read_until(process, start):
+    """Read lines up to one that begins with `start` (a string, or a tuple of them)."""
     for line in process.stdout:
         if line.startswith(start):
             return
