@@ -30,7 +30,7 @@ common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --r1 1 --val_n 500
            --eval_every 500 --save_every 200 --seed $seed"
 prior="$common --classes 10 --size tiny --views 1 --batch_size 16 --iters $((steps * 12 / 10)) --lr 2e-3 --lr_end 1e-4
-       --decay_start 0 --dropout 0 --eval_every 200 --save_every 200 --seed $seed"
+       --decay_start 0 --dropout 0 --eval_every 400 --save_every 200 --seed $seed"
 
 # Networks that see: VGG16 knows photographs, not these pictures. Labels are finer than the classes (object x colour),
 # for a network that needs no colour forgets it. One is for the loss; the other, of another seed, is the judge.
@@ -61,11 +61,10 @@ lane() {  # everything about one alpha
     [ $kind = ar ] || draw="$draw --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
     say "the $kind prior on phase 1's codes, which are phase 2's as well (3 minutes)"
     go python train_prior.py $prior --kind $kind --tokenizer "$run/phase1/ckpt.pt" --codes "$run/codes" --out "$run/$kind"
-    for phase in 1 2; do  # the same sampled codes, decoded by either phase
-      finished "$run/$kind$phase/samples.npz" || go python sample.py $draw \
-        --tokenizer "$run/phase$phase/ckpt.pt" --out "$run/$kind$phase"
-      judge "$run/$kind$phase/samples.npz" "$run/$kind$phase.json"
-    done
+    # the same sampled codes, decoded by either phase
+    finished "$run/${kind}2/samples.npz" || go python sample.py $draw --tokenizer "$run/phase1/ckpt.pt" \
+      "$run/phase2/ckpt.pt" --out "$run/${kind}1" "$run/${kind}2"
+    for phase in 1 2; do judge "$run/$kind$phase/samples.npz" "$run/$kind$phase.json"; done
   done
 }
 

@@ -2,6 +2,7 @@
 
     python sample.py --prior runs/prior/ckpt.pt --tokenizer runs/phase2/ckpt.pt --n 64 --out samples
     torchrun --nproc_per_node=8 sample.py --prior ... --tokenizer ... --count 50000 --out samples   # for fid.py
+    python sample.py --prior ... --tokenizer runs/phase1/ckpt.pt runs/phase2/ckpt.pt --out one two  # Fig. 9
     python sample.py --teacher_forced /data/imagenet/val --runs runs/a0/prior/ckpt.pt:runs/a0/ckpt.pt \\
                      runs/a1/prior/ckpt.pt:runs/a1/ckpt.pt --n 8 --out view                     # Figs. 4, 5a, 11
     python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
@@ -34,10 +35,11 @@ def parse():
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("--prior", default="", help="checkpoint of train_prior.py")
-    add("--tokenizer", default="", help="the tokenizer of the prior's codes, phase 1 or 2")
+    add("--tokenizer", nargs="+", default=[],
+        help="the tokenizer of the prior's codes, phase 1 or 2; several: each decodes the same samples")
     # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
     add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to look at")
-    add("--out", default="samples", help="folder for the results")
+    add("--out", nargs="+", default=["samples"], help="folder for the results, one for each --tokenizer")
     add("--labels", type=runtime.count, nargs="+", help="classes to draw, in turn; default: all, in turn")
     add("--png", action="store_true", help="write every sample as a PNG as well")
     add("--batch_size", type=runtime.positive, default=64, help="samples drawn at once by a process")
@@ -60,6 +62,10 @@ def parse():
         raise BadInput("give one of --prior (draw samples), --teacher_forced (predict images), --noise (disturb codes)")
     if modes != ["teacher_forced"] and not args.tokenizer:
         raise BadInput(f"--{modes[0]} needs --tokenizer")
+    if args.noise and len(args.tokenizer) > 1:
+        raise BadInput("--noise disturbs the codes of one --tokenizer")
+    if len(set(args.out)) != len(args.out) or len(args.out) != (len(args.tokenizer) if args.prior else 1):
+        raise BadInput("--out: one folder, or as many as --tokenizer has files, each another")
     if bool(args.runs) != (modes == ["teacher_forced"]):
         raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
     if idle := parser.given - {modes[0], "device", *USED[modes[0]].split()}:
@@ -86,10 +92,22 @@ def to_uint8(images):
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
 
 
+def write(out, samples, labels, settings):
+    """The files of a finished run: uint8 samples (n, H, W, 3), labels (n,) or None."""
+    some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    data.save_grid(out / "grid.png", some, 8)
+    text = json.dumps(settings, indent=1) + "\n"
+    runtime.save_file(out / "sampler.json", lambda file: file.write(text.encode()))
+    arrays = {"arr_0": samples} | ({"arr_1": labels.numpy()} if labels is not None else {})
+    runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))  # last: now all is there
+    print(f"{len(samples)} samples in {out}/samples.npz, the first of them in {out}/grid.png")
+
+
 @torch.no_grad()
 def draw(args, device):
-    """Sample with all processes and write samples.npz, grid.png, sampler.json."""
-    prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    """Sample with all processes and write samples.npz, grid.png, sampler.json, for each tokenizer into its folder."""
+    prior, _, state = load_pair(args.prior, args.tokenizer[0], device)
+    tokenizers = [load_pair(args.prior, path, device)[1] for path in args.tokenizer]
     classes, ar = prior.config["classes"], prior.kind == "ar"
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")
@@ -104,7 +122,7 @@ def draw(args, device):
     else:
         choice = 0.45 if args.choice_temperature is None else args.choice_temperature
         options |= {"top_p": args.top_p or 1.0, "steps": args.steps or 12, "choice_temperature": choice}
-    out, size = Path(args.out), tokenizer.image_size
+    outs, size = [Path(out) for out in args.out], tokenizers[0].image_size  # of one encoder, so of one size
     with runtime.refusing():
         prior.check(args.n, labels if classes else None, **options)
     # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
@@ -113,17 +131,19 @@ def draw(args, device):
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
                 "prior": args.prior, "prior_step": state["step"], "prior_sha256": runtime.sha256(args.prior),
-                "tokenizer": args.tokenizer, "tokenizer_sha256": runtime.sha256(args.tokenizer),
+                "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
                 "torch": str(torch.__version__)}
 
-    # All processes write their rows of one file; it becomes the npz in the end.
-    held = runtime.lock(out) if runtime.is_main() else None
-    if (out / "samples.npz").exists():
-        raise BadInput(f"{out} already holds samples: choose another --out")
-    part = runtime.Rows(out / "part", settings, b, samples=((args.n, size, size, 3), np.uint8))
-    if args.png:
-        (out / "png").mkdir(exist_ok=True)
+    # All processes write their rows of one file; it becomes the npz (one for each tokenizer) in the end.
+    held = [runtime.lock(out) for out in outs if runtime.is_main()]
+    for out in outs:  # part/ is there if this very run was killed between its last two files
+        if (out / "samples.npz").exists() and not (outs[0] / "part/meta.json").exists():
+            raise BadInput(f"{out} already holds samples: choose another --out")
+        if args.png:
+            (out / "png").mkdir(parents=True, exist_ok=True)
+    part = runtime.Rows(outs[0] / "part", settings | {"beside": args.out[1:]}, b,
+                        samples=((args.n, len(outs), size, size, 3), np.uint8))
     samples, todo = part.arrays["samples"], part.todo()
     progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
 
@@ -133,26 +153,25 @@ def draw(args, device):
             with runtime.autocast(device, args.dtype):
                 y = labels[ids % args.n] if classes else None
                 indices = prior.generate(ids.tolist(), args.seed, y, **options)
-            images = to_uint8(tokenizer.decode_indices(indices.view(-1, state["grid"], state["grid"])))
-            yield rows, runtime.download(images)
+            grid = indices.view(-1, state["grid"], state["grid"])
+            images = torch.stack([to_uint8(tokenizer.decode_indices(grid)) for tokenizer in tokenizers], 1)
+            yield rows, runtime.download(images)  # (b, tokenizers, H, W, 3)
 
     for rows, images in runtime.one_behind(drawn()):
         samples[rows.start:rows.stop] = images()[:len(rows)]
-        for i in rows if args.png else ():
-            Image.fromarray(samples[i]).save(out / "png" / f"{i:06}.png")
+        for out, its in zip(outs, samples.swapaxes(0, 1)):
+            for i in rows if args.png else ():
+                Image.fromarray(its[i]).save(out / "png" / f"{i:06}.png")
         part.mark(rows)
         progress(len(rows) * runtime.world())
     part.close()
     if runtime.is_main():
-        some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        data.save_grid(out / "grid.png", some, 8)
-        text = json.dumps(settings, indent=1) + "\n"
-        runtime.save_file(out / "sampler.json", lambda file: file.write(text.encode()))
-        arrays = {"arr_0": samples, **({"arr_1": labels.numpy()} if classes else {})}
-        runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))  # last: now all is there
-        shutil.rmtree(out / "part")
-        held.close()
-        print(f"{args.n} samples in {out}/samples.npz, the first of them in {out}/grid.png")
+        for j, (out, its) in enumerate(zip(outs, samples.swapaxes(0, 1))):
+            write(out, its, labels if classes else None,
+                  settings | {key: settings[key][j] for key in ("tokenizer", "tokenizer_sha256")})
+        shutil.rmtree(outs[0] / "part")
+        for file in held:
+            file.close()
 
 
 def read_images(spec, size, n, device):
@@ -206,7 +225,7 @@ def teacher_forced(args, device):
         columns += [] if columns else [x]
         columns += [reconstruction, prediction]
         names.append(f"{100 * hits.mean():.1f} % {pair}")
-    out = Path(args.out)
+    out = Path(args.out[0])
     picture = torch.stack([c.float().clamp(-1, 1) for c in columns], 1).flatten(0, 1)  # image by image
     data.save_grid(out / "teacher_forced.png", picture, len(columns))
     print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
@@ -227,7 +246,7 @@ def changed_codes(tokenizer, x, sigma, seed):
 
 def noise(args, device):
     """Fig. 8: the share of codes that change under Gaussian noise too weak to see."""
-    tokenizer = vq.load_tokenizer(args.tokenizer, device)
+    tokenizer = vq.load_tokenizer(args.tokenizer[0], device)
     x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
     changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
     print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")

@@ -209,6 +209,13 @@ def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path
     torch.save(one | {"config": model.config, "model": state}, tmp_path / "two.pt")
     words = ["sample", "--prior", tmp_path / "prior/ckpt.pt", "--n", 2, "--device", "cpu"]
     script(*words, "--tokenizer", tmp_path / "two.pt", "--out", tmp_path / "a")
+    script(*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "1", tmp_path / "2", "--png")
+    a, first, second = (np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("a", "1", "2"))
+    assert np.array_equal(a, second) and not np.array_equal(first, second)  # the same codes, another decoder
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "2/png/000001.png")), second[1])
+    assert json.loads((tmp_path / "2/sampler.json").read_text())["tokenizer"] == str(tmp_path / "two.pt")
+    with pytest.raises(BadInput, match="already holds samples"):
+        script(*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "3", tmp_path / "2")
     save_tokenizer(tmp_path / "other.pt", seed=1)
     with pytest.raises(BadInput, match="is not the tokenizer"):
         script(*words, "--tokenizer", tmp_path / "other.pt", "--out", tmp_path / "b")
@@ -311,7 +318,8 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
             ([*good, "--top_k", 17], "top_k is 17"),
             ([*good, "--steps", 3], "are for NAR"), ([*good, "--cfg", 1], "without a null class"),
             ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "use 0 to 9"),
-            (["--prior", prior], "needs --tokenizer"),
+            (["--prior", prior], "needs --tokenizer"), ([*good, tmp_path / "t"], "as many as --tokenizer"),
+            (["--noise", "shapes", "--tokenizer", "a", "b"], "one --tokenizer"),
             (["--prior", tokenizer, "--tokenizer", tokenizer], "holds a tokenizer checkpoint"),
             (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"), ([], "give one of"),
             (["--teacher_forced", "shapes"], "belong together"),
