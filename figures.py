@@ -183,17 +183,17 @@ def ablation_tables(folder):
     """Tables 1, 5 and 6 as Markdown, beside the paper's figures; rows that were not run are left out."""
     lines = []
     for title, rows in ABLATIONS.items():
-        lines += [f"| {title} | L1 | FD of reconstructions | codes used, % | AR: validation loss | FD of AR samples | "
-                  f"paper: rFID | paper: FID, AR |", "|---|" + "---|" * 7]
+        lines += [f"| {title} | L1 | FD of reconstructions | codes used, % | AR: validation loss (H) | "
+                  "FD of AR samples | paper: rFID | paper: FID, AR |", "|---|" + "---|" * 7]
         for name, (text, rfid, fid) in rows.items():
             run = Path(folder) / name
             if not (run / "ar1.json").exists():
                 continue
             last, found = validation(run / "phase1")[-1], read_json(run / "phase1.json")
             samples = read_json(run / "ar1.json")
-            loss = min(line["loss"] for line in validation(run / "ar"))
-            lines.append(f"| {text} | {last['l1']:.3f} | {found['FD']:.2f} | {100 * found['usage']:.1f} | {loss:.3f} | "
-                         f"{samples['FD']:.2f} | {rfid:.2f} | {fid:.2f} |")
+            best = min(validation(run / "ar"), key=lambda line: line["loss"])
+            lines.append(f"| {text} | {last['l1']:.3f} | {found['FD']:.2f} | {100 * found['usage']:.1f} | "
+                         f"{best['loss']:.2f} ({best['H']:.2f}) | {samples['FD']:.2f} | {rfid:.2f} | {fid:.2f} |")
         lines.append("")
     return "\n".join(lines)
 

@@ -64,15 +64,15 @@ def test_ablation_rows_stand_beside_the_papers(tmp_path):
     for name in ("entropy", "none"):
         for folder in ("phase1", "ar"):
             (tmp_path / name / folder).mkdir(parents=True)
-        lines = [{"step": step, "split": "val", "l1": l1, "loss": loss}
+        lines = [{"step": step, "split": "val", "l1": l1, "loss": loss, "H": loss + 1}
                  for step, l1, loss in ((1, 0.1, 5.0), (2, 0.08, 4.5), (3, 0.07, 4.75))]
         for folder in ("phase1", "ar"):
             (tmp_path / name / folder / "metrics.jsonl").write_text("".join(json.dumps(v) + "\n" for v in lines))
         (tmp_path / name / "phase1.json").write_text('{"FD": 2.5, "usage": 0.5}')
         (tmp_path / name / "ar1.json").write_text('{"FD": 12.5}')
     text = figures.ablation_tables(tmp_path)
-    assert "| entropy | 0.070 | 2.50 | 50.0 | 4.500 | 12.50 | 3.45 | 16.97 |" in text
-    assert "| no regularisation | 0.070 | 2.50 | 50.0 | 4.500 | 12.50 | 4.07 | 17.19 |" in text
+    assert "| entropy | 0.070 | 2.50 | 50.0 | 4.50 (5.50) | 12.50 | 3.45 | 16.97 |" in text
+    assert "| no regularisation | 0.070 | 2.50 | 50.0 | 4.50 (5.50) | 12.50 | 4.07 | 17.19 |" in text
     assert "K-means" not in text  # was not run
 
 
