@@ -82,6 +82,8 @@ for alpha in $alphas; do
 done
 wait  # a lane that failed has said why; figures.py then misses its files and ends this script with an error
 
-say "what came out. One seed decides nothing: README.md has the same table over several"
+say "what came out. One seed decides nothing:"
 go python figures.py "$out"
+say "README.md has the same over three seeds:"
+sed -n '/^| 3 seed(s)/,/^| encoder and codebook/p' README.md
 echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"

@@ -108,6 +108,7 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 of 1: undecided" in done.stdout or "0 of 1: undecided" in done.stdout
     assert "bitwise unchanged" in (out / "table.md").read_text()
+    assert done.stdout.count("bitwise unchanged") == 2 and "| 3 seed(s) | alpha 0" in done.stdout  # README.md's as well
     measured = json.loads((out / "table.json").read_text())[0]
     assert sorted(measured) == ["0.0", "1.0"]
     for name, rows in (("view.png", 7), ("samples.png", 4), ("phases.png", 8)):
