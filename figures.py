@@ -68,6 +68,11 @@ def validation(run):
     return [line for line in lines if line["split"] == "val"]
 
 
+def lowest(run):
+    """The validation line of a prior's run with the lowest loss: that of best.pt."""
+    return min(validation(run), key=lambda line: line["loss"])
+
+
 def alphas(run):
     """{alpha: folder} of a run, in rising order."""
     found = {float(p.name.removeprefix("alpha")): p for p in Path(run).glob("alpha[0-9]*") if p.is_dir()}
@@ -106,7 +111,7 @@ def measure(run, device):
         top1 = torch.cat([prior(*part).argmax(-1) for part in zip(s.split(100), labels.to(device).split(100))])
         values["top1"] = 100 * (top1 == s).float().mean().item()
         for kind in ("ar", "nar"):
-            best = min(validation(folder / kind), key=lambda line: line["loss"])
+            best = lowest(folder / kind)
             values[f"{kind}_loss"], values["H"] = best["loss"], best["H"]
         values["ar_gain"] = values["H"] - values["ar_loss"]
         for phase, end in (("phase1", ""), ("phase2", "_2")):
@@ -191,7 +196,7 @@ def ablation_tables(folder):
                 continue
             last, found = validation(run / "phase1")[-1], read_json(run / "phase1.json")
             samples = read_json(run / "ar1.json")
-            best = min(validation(run / "ar"), key=lambda line: line["loss"])
+            best = lowest(run / "ar")
             lines.append(f"| {text} | {last['l1']:.3f} | {found['FD']:.2f} | {100 * found['usage']:.1f} | "
                          f"{best['loss']:.2f} ({best['H']:.2f}) | {samples['FD']:.2f} | {rfid:.2f} | {fid:.2f} |")
         lines.append("")

@@ -106,8 +106,10 @@ def write(out, samples, labels, settings):
 @torch.no_grad()
 def draw(args, device):
     """Sample with all processes and write samples.npz, grid.png, sampler.json, for each tokenizer into its folder."""
-    prior, _, state = load_pair(args.prior, args.tokenizer[0], device)
-    tokenizers = [load_pair(args.prior, path, device)[1] for path in args.tokenizer]
+    tokenizers = []
+    for path in args.tokenizer:
+        prior, tokenizer, state = load_pair(args.prior, path, device)
+        tokenizers.append(tokenizer)
     classes, ar = prior.config["classes"], prior.kind == "ar"
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")

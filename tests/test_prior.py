@@ -14,6 +14,7 @@ from test_train_tokenizer import lines, same
 
 import data
 import runtime
+import sample
 import train_prior
 import vq
 from runtime import BadInput
@@ -201,7 +202,7 @@ def test_only_classes_of_the_data_are_drawn_by_default(script, train, tmp_path, 
     assert np.load(tmp_path / "a/samples.npz")["arr_1"].tolist() == [0, 1, 0, 1]
 
 
-def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path, tokenizer):
+def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path, tokenizer, monkeypatch):
     train()
     one = torch.load(tokenizer, weights_only=True)
     model = vq.VQModel(**{**one["config"], "attention": 1})
@@ -216,6 +217,16 @@ def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path
     assert json.loads((tmp_path / "2/sampler.json").read_text())["tokenizer"] == str(tmp_path / "two.pt")
     with pytest.raises(BadInput, match="already holds samples"):
         script(*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "3", tmp_path / "2")
+    both = [*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "4", tmp_path / "5"]
+    write = sample.write
+    with monkeypatch.context() as patch:  # ended when the first of its files was there
+        patch.setattr(sample, "write", lambda out, *rest: write(out, *rest) if out.name == "4" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            script(*both)
+    script(*both)
+    for out, images in (("4", first), ("5", second)):
+        assert np.array_equal(np.load(tmp_path / out / "samples.npz")["arr_0"], images)
+    assert not (tmp_path / "4/part").exists()
     save_tokenizer(tmp_path / "other.pt", seed=1)
     with pytest.raises(BadInput, match="is not the tokenizer"):
         script(*words, "--tokenizer", tmp_path / "other.pt", "--out", tmp_path / "b")
