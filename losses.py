@@ -1,28 +1,32 @@
 """What the tokenizer is trained against: the semantic-enhanced perceptual loss (Sec. 3.3.1, Eq. 4) and a StyleGAN2
 discriminator (Sec. 6.1: "the style-based discriminator [34]"). Images are float (B, 3, H, W) in [-1, 1].
+
+    perceptual = PerceptualLoss(VGG16(), alpha=1)     # load torchvision's weights into VGG16 first
+    loss, shares = perceptual(x_hat, x)               # Eq. 4, and each layer's share
+    disc = Discriminator(256)
+    loss_d = discriminator_loss(disc(x), disc(x_hat.detach()))
 """
 import math
-import urllib.error
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from runtime import BadInput, load_checkpoint, load_weights, restore, sha256
-
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
 SEM = ("relu5_3", "logit")  # L_per^sem: semantics
 LAYERS = (*LOW, "logit")
-VGG16_SHA256 = "397923af"  # the first digits, as in torchvision's file name vgg16-397923af.pth
 
 
-# ----------------------------------------------------------------------------------------- networks that see
+# --------------------------------------------------------------------------------------- perceptual networks
+# One interface: net(x, layers) -> {layer: features}, computed no further than the last layer asked for; `halvings`,
+# how often it halves the image; `mean_square`, what the loss divides each of LAYERS by. Another network with it can
+# stand in for these two.
 
 class VGG16(nn.Module):
     """torchvision's VGG16, giving its post-ReLU features and its logits (before the softmax)."""
 
+    halvings = 5
     ENDS = dict(zip(LOW, (4, 9, 16, 23, 30)))  # features[:ENDS[l]] ends with the ReLU l
 
     def __init__(self):
@@ -33,9 +37,9 @@ class VGG16(nn.Module):
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", (2 * mean - 1).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", (2 * std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean_square", torch.ones(len(LAYERS)), persistent=False)  # used raw
 
     def forward(self, x, layers):
-        """x (B, 3, H, W) -> {layer: features}, computing no further than the last layer asked for."""
         out, start = {}, 0
         h = (x - self.mean) / self.std
         for layer, end in self.ENDS.items():
@@ -52,8 +56,10 @@ class VGG16(nn.Module):
 
 
 class SmallVGG(nn.Module):
-    """A VGG-shaped classifier for small pictures (train_vgg.py): five stages of two conv-BN-ReLU, pooling after the
-    first three only, so that the last stage keeps some space; its stages go by VGG16's names for the same stages."""
+    """A VGG-shaped classifier for small pictures (miniature/train_vgg.py): five stages of two conv-BN-ReLU, pooling
+    after the first three only, so that the last stage keeps some space; its stages have the names of VGG16's."""
+
+    halvings = 3
 
     def __init__(self, widths, classes):
         super().__init__()
@@ -69,7 +75,7 @@ class SmallVGG(nn.Module):
         self.register_buffer("mean_square", torch.ones(len(LAYERS)))
 
     def forward(self, x, layers):
-        """As VGG16; `penultimate` (B, widths[-1]) can be asked for too."""
+        """`layers` may have `penultimate` (B, widths[-1]), too."""
         out, h = {}, x
         for i, (layer, stage) in enumerate(zip(LOW, self.stages)):
             h = stage(F.max_pool2d(h, 2) if 1 <= i <= 3 else h)
@@ -80,38 +86,6 @@ class SmallVGG(nn.Module):
         out["penultimate"] = h.mean((2, 3))
         out["logit"] = self.classifier(out["penultimate"])
         return {layer: out[layer] for layer in layers}
-
-
-def load_vgg(spec):
-    """The frozen network that --vgg names: "imagenet" (downloaded by torchvision, hash checked), a local copy of that
-    file, or a checkpoint of train_vgg.py. Weights are loaded strictly; there is no fall-back."""
-    if spec == "imagenet":
-        try:
-            state = torchvision.models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError, urllib.error.URLError) as error:
-            url = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
-            raise BadInput(f"the VGG16 weights could not be downloaded ({error}): fetch {url} on another machine "
-                           f"and name the copy with --vgg FILE") from None
-    elif not Path(spec).is_file():
-        raise BadInput(f"--vgg {spec}: no such file; give `imagenet`, a copy of vgg16-{VGG16_SHA256}.pth, or the "
-                       f"ckpt.pt of train_vgg.py")
-    else:
-        state = load_weights(spec)
-    if isinstance(state, dict) and "kind" in state:
-        state = load_checkpoint(spec, "vgg")
-        net = restore(spec, lambda: SmallVGG(**state["config"]), state["model"])
-        if not (net.mean_square > 0).all():
-            raise BadInput(f"{spec}: a layer's mean square is 0, and the loss divides by it: train that network again")
-    else:
-        net = VGG16()
-        try:
-            net.load_state_dict(state)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            raise BadInput(f"--vgg {spec} does not have the layout of torchvision's VGG16 "
-                           f"({str(error).splitlines()[0]})") from None
-        if spec != "imagenet" and sha256(spec) != VGG16_SHA256:
-            print(f"note: {spec} has VGG16's layout, but is not torchvision's vgg16-{VGG16_SHA256}.pth", flush=True)
-    return net.requires_grad_(False).eval()
 
 
 class PerceptualLoss(nn.Module):
@@ -131,8 +105,6 @@ class PerceptualLoss(nn.Module):
         if layers:
             weights = {l: float(l in layers) for l in LAYERS}
         self.weights = {l: w for l, w in weights.items() if w}  # no work for layers that weigh nothing
-        scale = net.mean_square.tolist() if isinstance(net, SmallVGG) else [1.0] * len(LAYERS)
-        self.scale = dict(zip(LAYERS, scale))
 
     def train(self, mode=True):
         return super().train(False)  # VGG's dropout must stay off, whoever calls train()
@@ -142,7 +114,8 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             target = self.net(x, self.weights)
         features = self.net(x_hat, self.weights)
-        terms = {l: F.mse_loss(features[l].float(), target[l].float()) / self.scale[l] for l in self.weights}
+        scale = dict(zip(LAYERS, self.net.mean_square))
+        terms = {l: F.mse_loss(features[l].float(), target[l].float()) / scale[l] for l in self.weights}
         return sum(self.weights[l] * term for l, term in terms.items()), {l: t.detach() for l, t in terms.items()}
 
 

@@ -8,11 +8,13 @@
     python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
 
 Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and sampler.json. Sample i
-depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size). What is drawn is kept in
-part/ until then: the same command goes on after a kill.
+depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size). Finished batches are kept
+in part/ until then: the same command continues after a kill.
 """
+import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +23,9 @@ from PIL import Image
 
 import data
 import runtime
-import vq
 from runtime import BadInput
+from train_tokenizer import fingerprint, load_tokenizer
 from transformer import Transformer
-
-# What each way of using the script reads, beside --device.
-USED = {"prior": "tokenizer n out labels png batch_size seed dtype "
-                 "top_p top_k temperature steps choice_temperature cfg",
-        "teacher_forced": "runs n out labels batch_size", "noise": "tokenizer n seed sigma"}
 
 
 def parse():
@@ -37,70 +34,66 @@ def parse():
     add("--prior", default="", help="checkpoint of train_prior.py")
     add("--tokenizer", nargs="+", default=[],
         help="the tokenizer of the prior's codes, phase 1 or 2; several: each decodes the same samples")
-    # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it say --count
-    add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to look at")
+    # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it use --count
+    add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to view")
     add("--out", nargs="+", default=["samples"], help="folder for the results, one for each --tokenizer")
-    add("--labels", type=runtime.count, nargs="+", help="classes to draw, in turn; default: all, in turn")
+    add("--labels", type=runtime.count, nargs="+", help="classes to sample, in turn; default: all, in turn")
     add("--png", action="store_true", help="write every sample as a PNG as well")
-    add("--batch_size", type=runtime.positive, default=64, help="samples drawn at once by a process")
+    add("--batch_size", type=runtime.positive, default=64, help="samples made at once by a process")
     add("--seed", type=runtime.count, default=0, help="another seed, other samples")
-    add("--top_p", type=runtime.bounded(float, 0, 1, above=True), help="AR; default 0.92 (Table 10, ImageNet)")
+    add("--top_p", type=runtime.number(float, 0, 1, above=True), help="AR; default 0.92 (Table 10, ImageNet)")
     add("--top_k", type=runtime.count, default=0, help="AR: keep the k most probable codes; 0: all")
     add("--temperature", type=runtime.rate, default=1.0, help="divides the logits")
     add("--steps", type=runtime.positive, help="NAR: decoding steps T; default 12")
     add("--choice_temperature", type=runtime.weight, help="NAR: noise on the confidence; default 0.45 (Table 10)")
     add("--cfg", type=runtime.weight, default=0.0, help="classifier-free guidance; 0: off, as in the paper")
-    add("--teacher_forced", default="", help="images (file, folder, shapes) to predict with ground-truth context")
+    add("--teacher_forced", default="", help="images (folder, shapes) to predict with ground-truth context")
     add("--runs", nargs="+", default=[], help="PRIOR:TOKENIZER pairs for --teacher_forced")
     add("--noise", default="", help="images whose codes are compared with those of a noisy copy")
     add("--sigma", type=runtime.weight, default=0.01, help="standard deviation of that noise, images in [0, 1]")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
-    add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="auto: cuda, then mps, then cpu")
+    add("--device", choices=runtime.DEVICES, default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
-    modes = [name for name in USED if getattr(args, name)]
-    if len(modes) != 1:
-        raise BadInput("give one of --prior (draw samples), --teacher_forced (predict images), --noise (disturb codes)")
-    if modes != ["teacher_forced"] and not args.tokenizer:
-        raise BadInput(f"--{modes[0]} needs --tokenizer")
-    if args.noise and len(args.tokenizer) > 1:
-        raise BadInput("--noise disturbs the codes of one --tokenizer")
-    if len(set(args.out)) != len(args.out) or len(args.out) != (len(args.tokenizer) if args.prior else 1):
-        raise BadInput("--out: one folder, or as many as --tokenizer has files, each another")
-    if bool(args.runs) != (modes == ["teacher_forced"]):
+    if bool(args.prior) + bool(args.teacher_forced) + bool(args.noise) != 1:
+        raise BadInput("give one of --prior (samples), --teacher_forced (predictions), --noise (codes under noise)")
+    if bool(args.runs) != bool(args.teacher_forced):
         raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
-    if idle := parser.given - {modes[0], "device", *USED[modes[0]].split()}:
-        raise BadInput(f"--{min(idle)} has no part in --{modes[0]}: leave it out")
+    if not (args.tokenizer or args.teacher_forced):
+        raise BadInput(f"--{'prior' if args.prior else 'noise'} needs --tokenizer")
+    if args.prior and len({*args.out}) != len(args.tokenizer):
+        raise BadInput("--out: give one folder for each file of --tokenizer, each another")
     return args
 
 
 def load_pair(prior_path, tokenizer_path, device):
     """Prior and tokenizer in eval mode, and the prior's checkpoint; refused if they don't belong together."""
-    state = runtime.load_checkpoint(prior_path, "prior")
-    tokenizer = vq.load_tokenizer(tokenizer_path, device)
-    if vq.fingerprint(tokenizer) != state["tokenizer"]:
+    state = runtime.load_file(prior_path, "prior")
+    tokenizer = load_tokenizer(tokenizer_path, device)
+    if fingerprint(tokenizer) != state["tokenizer"]:
         raise BadInput(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on (other encoder or "
                        f"codebook): give that one, or its phase 2")
-    with runtime.refusing(prior_path):
-        prior = runtime.restore(prior_path, lambda: Transformer(**state["config"]), state["ema"] or state["model"])
-        if not prior.tokens == state["grid"] ** 2 == (tokenizer.image_size // tokenizer.f) ** 2:
-            raise ValueError(f"{prior.tokens} tokens on a grid of {state['grid']}")
+    with runtime.explain(f"{prior_path} does not fit this code: ", Exception):
+        prior = Transformer(**state["config"])
+        prior.load_state_dict(state["ema"] or state["model"])
     return prior.eval().to(device), tokenizer, state  # not frozen: autocast keeps its bf16 copies only of what is not
 
 
-def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3)."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).contiguous()
+def write_samples(out, chunks, j, shape, labels, settings):
+    """The files of a finished run, from chunks of (b, tokenizers, H, W, 3): those of tokenizer j."""
+    parts = [(lambda file=file: np.load(file)["samples"][:, j]) for file, _ in chunks]
+    first = np.concatenate([part() for part in parts[:-(-64 // len(chunks[0][1]))]])[:64]
+    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8)
+    runtime.save_json(out / "sampler.json", settings)
 
-
-def write(out, samples, labels, settings):
-    """The files of a finished run: uint8 samples (n, H, W, 3), labels (n,) or None."""
-    some = torch.from_numpy(np.array(samples[:64])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    data.save_grid(out / "grid.png", some, 8)
-    text = json.dumps(settings, indent=1) + "\n"
-    runtime.save_file(out / "sampler.json", lambda file: file.write(text.encode()))
-    arrays = {"arr_0": samples} | ({"arr_1": labels.numpy()} if labels is not None else {})
-    runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))  # last: now all is there
-    print(f"{len(samples)} samples in {out}/samples.npz, the first of them in {out}/grid.png")
+    def write(file):  # np.savez would hold all samples in memory
+        with zipfile.ZipFile(file, "w") as archive:
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.save(member, labels.numpy())
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                runtime.write_npy(member, shape, np.uint8, (part() for part in parts))
+    runtime.save_file(out / "samples.npz", write)  # last: it says that all is there
+    print(f"{shape[0]} samples in {out}/samples.npz, the first of them in {out}/grid.png")
 
 
 @torch.no_grad()
@@ -110,23 +103,20 @@ def draw(args, device):
     for path in args.tokenizer:
         prior, tokenizer, state = load_pair(args.prior, path, device)
         tokenizers.append(tokenizer)
-    classes, ar = prior.config["classes"], prior.kind == "ar"
+    classes, outs, size = prior.config["classes"], [Path(out) for out in args.out], tokenizer.image_size
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")
     # by default the classes that the data had: rows of classes never seen were never trained
     cycle = torch.tensor(args.labels or range(len(state["classes"]) if classes else 1))
-    labels = cycle[torch.arange(args.n) % len(cycle)]
+    labels = cycle[torch.arange(args.n) % len(cycle)] if classes else None
     options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k}
-    if ar:
+    if prior.kind == "ar":
         if args.steps or args.choice_temperature is not None:
             raise BadInput(f"--steps and --choice_temperature are for NAR; {args.prior} is an AR prior")
-        options["top_p"] = 0.92 if args.top_p is None else args.top_p
+        options["top_p"] = args.top_p or 0.92
     else:
         choice = 0.45 if args.choice_temperature is None else args.choice_temperature
         options |= {"top_p": args.top_p or 1.0, "steps": args.steps or 12, "choice_temperature": choice}
-    outs, size = [Path(out) for out in args.out], tokenizers[0].image_size  # of one encoder, so of one size
-    with runtime.refusing():
-        prior.check(args.n, labels if classes else None, **options)
     # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
     # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
@@ -136,71 +126,52 @@ def draw(args, device):
                 "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
                 "torch": str(torch.__version__)}
-
-    # All processes write their rows of one file; it becomes the npz (one for each tokenizer) in the end.
-    held = [runtime.lock(out) for out in outs if runtime.is_main()]
-    for out in outs:  # part/ is there if this very run was killed between its last two files
-        if (out / "samples.npz").exists() and not (outs[0] / "part/meta.json").exists():
+    part = outs[0] / f"part-{hashlib.sha256(json.dumps([settings, args.out]).encode()).hexdigest()[:12]}"
+    for out in outs:  # part is there if this very run was killed between its last two files
+        if (out / "samples.npz").exists() and not part.exists():
             raise BadInput(f"{out} already holds samples: choose another --out")
-        if args.png:
-            (out / "png").mkdir(parents=True, exist_ok=True)
-    part = runtime.Rows(outs[0] / "part", settings | {"beside": args.out[1:]}, b,
-                        samples=((args.n, len(outs), size, size, 3), np.uint8))
-    samples, todo = part.arrays["samples"], part.todo()
+
+    chunks = runtime.chunks(part, args.n, b)
+    todo = runtime.pending(chunks)
     progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
-
-    def drawn():
-        for rows in todo:
-            ids = torch.arange(rows.start, rows.start + b)
-            with runtime.autocast(device, args.dtype):
-                y = labels[ids % args.n] if classes else None
-                indices = prior.generate(ids.tolist(), args.seed, y, **options)
-            grid = indices.view(-1, state["grid"], state["grid"])
-            images = torch.stack([to_uint8(tokenizer.decode_indices(grid)) for tokenizer in tokenizers], 1)
-            yield rows, runtime.download(images)  # (b, tokenizers, H, W, 3)
-
-    for rows, images in runtime.one_behind(drawn()):
-        samples[rows.start:rows.stop] = images()[:len(rows)]
-        for out, its in zip(outs, samples.swapaxes(0, 1)):
-            for i in rows if args.png else ():
-                Image.fromarray(its[i]).save(out / "png" / f"{i:06}.png")
-        part.mark(rows)
+    for file, rows in todo:
+        ids = torch.arange(rows.start, rows.start + b)
+        with runtime.autocast(device, args.dtype), runtime.explain():
+            codes = prior.generate(ids, args.seed, None if labels is None else labels[ids % args.n], **options)
+        grid = codes[:len(rows)].unflatten(1, (state["grid"], -1))
+        images = torch.stack([data.to_uint8(t.decode_indices(grid)) for t in tokenizers], 1)  # (b, tokenizers, 3, H, W)
+        images = images.movedim(2, -1).cpu().numpy()
+        for out, its in zip(outs, images.swapaxes(0, 1)) if args.png else ():
+            (out / "png").mkdir(parents=True, exist_ok=True)
+            for i, image in zip(rows, its):
+                Image.fromarray(image).save(out / "png" / f"{i:06}.png")
+        runtime.save_file(file, lambda f, images=images: np.savez(f, samples=images))
         progress(len(rows) * runtime.world())
-    part.close()
+    runtime.barrier()
     if runtime.is_main():
-        for j, (out, its) in enumerate(zip(outs, samples.swapaxes(0, 1))):
-            write(out, its, labels if classes else None,
-                  settings | {key: settings[key][j] for key in ("tokenizer", "tokenizer_sha256")})
-        shutil.rmtree(outs[0] / "part")
-        for file in held:
-            file.close()
+        for j, out in enumerate(outs):
+            write_samples(out, chunks, j, (args.n, size, size, 3), labels,
+                          settings | {key: settings[key][j] for key in ("tokenizer", "tokenizer_sha256")})
+        shutil.rmtree(part)
 
 
 def read_images(spec, size, n, device):
-    """The first n images of a file or a data set (of shapes: held-out ones): floats (n, 3, S, S), labels, classes."""
-    if Path(spec).is_file() and not spec.endswith(".tar"):
-        try:
-            images, labels = [data.center(data.decode(spec, spec), size)], torch.zeros(1, dtype=torch.long)
-        except data.Unreadable as error:
-            raise BadInput(f"{error} can't be read") from None
-        return data.to_float(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), device), labels, []
+    """n images of a data set (of shapes: held-out ones): floats (n, 3, S, S) in [-1, 1], labels (n,), classes."""
     source = data.open_source(spec, "val")
     n = min(n, len(source))
     # spread over the set, so that a folder sorted by class shows several; shapes come in turn
-    chosen = range(n) if spec == "shapes" else np.linspace(0, len(source) - 1, n).astype(int).tolist()
-    items = [data.EvalImages(source, size)[i] for i in chosen]
-    for item in items:
-        if item[2] < 0:
-            raise BadInput(f"{source.name(-1 - item[2])} can't be read")
-    return (data.to_float(torch.stack([item[0] for item in items]), device), torch.tensor([item[1] for item in items]),
-            list(source.classes))
+    chosen = range(n) if source.drawn else np.linspace(0, len(source) - 1, n).astype(int).tolist()
+    images, labels, index = zip(*(data.EvalImages(source, size)[i] for i in chosen))
+    if min(index) < 0:
+        raise BadInput(f"{source.name(-1 - min(index))} can't be read")
+    return data.to_float(torch.stack(images), device), torch.tensor(labels), list(source.classes)
 
 
 @torch.no_grad()
 def teacher_forced(args, device):
     """Sec. 3.2: feed [c, s_1 .. s_(N-1)], take the top-1 code at every position (s_1 included), decode s and s' with
     the same decoder. One row per image: the input, then for each pair its reconstruction and its prediction."""
-    columns, names = [], []
+    columns, accuracies = [], []
     for pair in args.runs:
         prior_path, colon, tokenizer_path = pair.partition(":")
         if not colon:
@@ -209,35 +180,30 @@ def teacher_forced(args, device):
         if prior.kind != "ar":
             raise BadInput(f"{prior_path} is a NAR prior: the view needs the causal mask of an AR prior (Sec. 3.2)")
         x, labels, classes = read_images(args.teacher_forced, tokenizer.image_size, args.n, device)
-        if columns and columns[0].shape != x.shape:
-            raise BadInput(f"{tokenizer_path} has another image size than the first pair: compare runs of one size")
         if args.labels:
             labels = torch.tensor(args.labels)[torch.arange(len(x)) % len(args.labels)]
         elif prior.config["classes"] and classes != list(state["classes"]):
-            raise BadInput(f"{prior_path} knows classes that {args.teacher_forced} does not have: give --labels")
-        conditional = bool(prior.config["classes"])
-        if conditional and labels.max() >= prior.config["classes"]:
-            raise BadInput(f"--labels {int(labels.max())}: {prior_path} has classes 0 to {prior.config['classes'] - 1}")
+            raise BadInput(f"{prior_path} has classes that {args.teacher_forced} does not have: give --labels")
         parts = []
-        for part, y in zip(x.split(args.batch_size), labels.to(device).split(args.batch_size)):
+        for part, y in zip(x.split(64), labels.to(device).split(64)):
             s = tokenizer.encode(part)[1]  # (b, h, w)
-            top1 = prior(s.flatten(1), y if conditional else None).argmax(-1).view_as(s)  # s'
+            top1 = prior(s.flatten(1), y if prior.config["classes"] else None).argmax(-1).view_as(s)  # s'
             parts.append((tokenizer.decode_indices(s), tokenizer.decode_indices(top1), (s == top1).float()))
-        reconstruction, prediction, hits = map(torch.cat, zip(*parts))
-        columns += [] if columns else [x]
-        columns += [reconstruction, prediction]
-        names.append(f"{100 * hits.mean():.1f} % {pair}")
+        reconstruction, prediction, correct = map(torch.cat, zip(*parts))
+        columns += [x] * (not columns) + [reconstruction, prediction]
+        accuracies.append(f"{100 * correct.mean():.1f} % {pair}")
+    if len({column.shape for column in columns}) > 1:
+        raise BadInput("the tokenizers of --runs have several image sizes: compare runs of one size")
     out = Path(args.out[0])
-    picture = torch.stack([c.float().clamp(-1, 1) for c in columns], 1).flatten(0, 1)  # image by image
-    data.save_grid(out / "teacher_forced.png", picture, len(columns))
+    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
     print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
-    for name in names:
-        print(f"top-1 accuracy {name}")
+    for accuracy in accuracies:
+        print(f"teacher-forced top-1 accuracy {accuracy}")
 
 
 @torch.no_grad()
 def changed_codes(tokenizer, x, sigma, seed):
-    """Share of the codes of x (n, 3, S, S) that are others after Gaussian noise of sigma (images in [0, 1])."""
+    """Share of the codes of x (n, 3, S, S) that change under Gaussian noise of sigma (images in [0, 1])."""
     generator, changed = torch.Generator().manual_seed(seed), []
     for part in x.split(64):
         # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
@@ -248,7 +214,7 @@ def changed_codes(tokenizer, x, sigma, seed):
 
 def noise(args, device):
     """Fig. 8: the share of codes that change under Gaussian noise too weak to see."""
-    tokenizer = vq.load_tokenizer(args.tokenizer[0], device)
+    tokenizer = load_tokenizer(args.tokenizer[0], device)
     x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
     changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
     print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")
@@ -256,7 +222,7 @@ def noise(args, device):
 
 def main():
     args = parse()
-    device = runtime.setup(args.device)
+    device = runtime.setup(args)
     if args.prior:
         draw(args, device)
     elif runtime.world() > 1:

@@ -1,13 +1,16 @@
 """Train a transformer on a tokenizer's codes (Sec. 3.1.2). The defaults are Table 10's ImageNet column.
 
-    python train_prior.py --tokenizer runs/tokenizer/ckpt.pt --data shapes --classes 10 --size tiny      # anywhere
+    python train_prior.py --tokenizer runs/tokenizer/ckpt.pt --classes 10 --size tiny --iters 500      # LAPTOP
     torchrun --nproc_per_node=8 train_prior.py --tokenizer runs/tokenizer/ckpt.pt --kind nar --size large \\
              --data /data/imagenet/train --val /data/imagenet/val
 
 First every image is encoded once (several crops and flips of each) into codes/ in the run folder, by all processes;
-then training reads only that. README.md has the command line of every column of Table 10.
+then training reads only that. docs/settings.md has the command of every column of Table 10.
 """
+import hashlib
+import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,9 @@ import data
 import runtime
 import vq
 from runtime import BadInput
+from train_tokenizer import fingerprint, load_tokenizer
 from transformer import SIZES, Transformer
 
-CHUNK = 256  # rows of the code cache that are encoded, written and marked as done together
 # Table 10. Paper: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0, start_iter 50,000".
 KIND = {"ar": dict(lr_end=5e-6, decay_start=80_000), "nar": dict(lr_end=0.0, decay_start=50_000)}
 
@@ -34,14 +37,14 @@ def parse():
     add("--kind", choices=["ar", "nar"], default="ar", help="autoregressive, or masked (MaskGIT)")
     add("--size", choices=list(SIZES), default="base", help="Table 8; tiny is ours, for a CPU")
     add("--classes", type=runtime.count, default=1000, help="number of classes; 0: unconditional")
-    add("--dropout", type=runtime.bounded(float, 0, 0.99), default=0.1, help="Table 8")
-    add("--label_dropout", type=runtime.bounded(float, 0, 0.99), default=0.0,
+    add("--dropout", type=runtime.decay, default=0.1, help="Table 8")
+    add("--label_dropout", type=runtime.decay, default=0.0,
         help="share of labels replaced by the null class, for guidance; the paper uses none")
     add("--lr_end", type=runtime.weight, help="learning rate at the last step: 5e-6 for ar, 0 for nar")
     add("--decay_start", type=runtime.count, help="step at which the decay begins: 80000 for ar, 50000 for nar")
-    add("--betas", type=runtime.bounded(float, 0, 0.999999), nargs=2, default=[0.9, 0.96], help="AdamW's")
+    add("--betas", type=runtime.decay, nargs=2, default=[0.9, 0.96], help="AdamW's")
     add("--weight_decay", type=runtime.weight, default=1e-2, help="none on biases, norms, embeddings")
-    add("--ema", type=runtime.bounded(float, 0, 0.999999), default=0.0, help="decay of a weight average (0: none)")
+    add("--ema", type=runtime.decay, default=0.0, help="decay of a weight average (0: none)")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
     add("--views", type=runtime.positive, help="crops and flips encoded per image: 4; with --crop center: 1")
     add("--codes", default="", help="folder of the code cache, to share it between runs; default: codes/ in --out")
@@ -55,6 +58,8 @@ def parse():
         raise BadInput(f"--views {args.views}: --crop center gives one view of an image, the same every time")
     if args.kind == "ar" and not args.lr_end:
         raise BadInput("--lr_end 0: the exponential decay of --kind ar never comes to 0, give a small number")
+    if args.label_dropout and not args.classes:
+        raise BadInput("--label_dropout needs classes: it drops the label")
     return args
 
 
@@ -63,8 +68,8 @@ def parse():
 class Views(Dataset):
     """Row j * views + v: view v of image chosen[j], (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
 
-    def __init__(self, source, size, crop, views, seed, n=0):
-        self.images, self.views = data.TrainImages(source, size, crop, seed), views
+    def __init__(self, source, size, crop, views, n):
+        self.images, self.views = data.TrainImages(source, size, crop, seed=0), views  # not --seed: seeds share a cache
         self.chosen = data.choose(len(source), n)
 
     def __len__(self):
@@ -74,34 +79,37 @@ class Views(Dataset):
         return self.images.view(int(self.chosen[row // self.views]), row)
 
 
-def encode_dataset(folder, source, model, tokenizer, args, crop, views, n, device):
-    """Codes of all views of all (n: of n) images: folder/codes.bin (uint16 memmap, (rows, N)) and labels.bin (int32).
-    Chunks of rows are shared out over the processes; those that a killed run has finished are skipped, and a cache
-    made of another tokenizer or data set is refused. Returns (codes, labels)."""
-    N = (args.image_size // model.f) ** 2
-    dataset = Views(source, args.image_size, crop, views, seed=0, n=n)  # not --seed: seeds may share a cache
-    rows = len(dataset)
-    meta = {"tokenizer": tokenizer, "data": source.signature(), "rows": rows, "views": views, "crop": crop,
-            "image_size": args.image_size, "tokens": N, "K": model.quantizer.K}
-    cache = runtime.Rows(folder, meta, CHUNK, codes=((rows, N), np.uint16), labels=((rows,), np.int32))
-    codes, labels = cache.arrays.values()
-    if todo := cache.todo():
-        progress, bad = runtime.Progress(len(todo) * CHUNK, f"encoding to {folder}"), data.Bad(source)
+def encode_dataset(folder, source, model, crop, views, n, args, device):
+    """Codes of all views of all (n: of n) images: (rows, N) uint16 and labels (rows,) int32, memory-mapped.
 
-        def encoded():
-            for chunk, (images, y, index) in zip(todo, data.loader(dataset, todo, args.workers, device)):
-                bad(index)
-                with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
-                    indices = torch.cat([model.encode(part)[1] for part in data.to_float(images, device).split(32)])
-                yield chunk, y, runtime.download(indices.flatten(1))
-
-        for chunk, y, indices in runtime.one_behind(encoded()):
-            codes[chunk.start:chunk.stop] = indices().astype(np.uint16)
-            labels[chunk.start:chunk.stop] = y.numpy()
-            cache.mark(chunk)
-            progress(len(chunk))
-    cache.close()
-    return codes, labels
+    They lie in a folder named after all that they depend on, so those of another tokenizer or data set are never taken.
+    Chunks are shared out over the processes; those that a killed run has finished are skipped."""
+    N, size = (args.image_size // model.f) ** 2, 256
+    dataset = Views(source, args.image_size, crop, views, n)
+    made_of = [fingerprint(model), source.signature(), len(dataset), crop, views, args.image_size]
+    folder = Path(f"{folder}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}")
+    if not (folder / "codes.npy").exists():
+        chunks = runtime.chunks(folder / "chunks", len(dataset), size)
+        todo, bad = runtime.pending(chunks), data.Bad(source)
+        progress = runtime.Progress(len(todo) * size, f"encoding to {folder}")
+        batches = data.loader(dataset, [rows for _, rows in todo], args.workers, device)
+        for (file, rows), (images, labels, index) in zip(todo, batches):
+            bad(index)
+            with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
+                codes = torch.cat([model.encode(x)[1].flatten(1) for x in data.to_float(images, device).split(32)])
+            arrays = {"codes": codes.cpu().numpy().astype(np.uint16), "labels": labels.numpy().astype(np.int32)}
+            runtime.save_file(file, lambda f, arrays=arrays: np.savez(f, **arrays))
+            progress(len(rows))
+        runtime.barrier()
+        if runtime.is_main():
+            labels = np.concatenate([np.load(file)["labels"] for file, _ in chunks])
+            runtime.save_file(folder / "labels.npy", lambda f: np.save(f, labels))
+            parts = (np.load(file)["codes"] for file, _ in chunks)
+            runtime.save_file(folder / "codes.npy",  # last: it says that all is there
+                              lambda f: runtime.write_npy(f, (len(dataset), N), np.uint16, parts))
+            shutil.rmtree(folder / "chunks")
+        runtime.barrier()
+    return np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
 
 class Codes:
@@ -124,9 +132,13 @@ class Codes:
         return self.rows(np.array(rows))
 
     def rows(self, rows):
-        indices = torch.from_numpy(self.codes[rows].astype(np.int64))
-        labels = torch.from_numpy(self.labels[rows].astype(np.int64)) if self.args.classes else None
-        return runtime.upload(indices, self.device), runtime.upload(labels, self.device) if self.args.classes else None
+        indices = self.upload(self.codes[rows])
+        return indices, self.upload(self.labels[rows]) if self.args.classes else None
+
+    def upload(self, array):
+        tensor = torch.from_numpy(array.astype(np.int64))
+        # From pinned memory the copy is asynchronous: else the host would wait for all work that is queued.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def unigram_entropy(codes, K, rows=20_000):
@@ -135,12 +147,28 @@ def unigram_entropy(codes, K, rows=20_000):
     return vq.usage_and_perplexity(torch.bincount(torch.from_numpy(some.astype(np.int64)).flatten(), minlength=K))[2]
 
 
+# -------------------------------------------------------------------------------------------------- training
+
 def learning_rate(step, args):
     """Table 10: constant until `decay_start`; then AR exponentially to lr_end at the last step, NAR linearly."""
     t = max(0.0, (step - args.decay_start) / max(1, args.iters - args.decay_start))
-    if args.kind == "ar" and args.lr_end:
+    if args.kind == "ar":
         return args.lr * (args.lr_end / args.lr) ** t
     return args.lr + (args.lr_end - args.lr) * t
+
+
+def prior_step(model, micro_batches, args):
+    """Forward and backward pass on micro-batches of (indices, tokens, labels, mask). Returns this process's share of
+    the loss."""
+    # Masks differ in size: the mean is over the masked tokens of the global batch, whichever process holds them.
+    count = runtime.sum_over_processes(sum(mask.sum() for *_, mask in micro_batches).float()) / runtime.world()
+    total = 0
+    for indices, tokens, labels, mask in micro_batches:
+        with runtime.autocast(indices.device, args.dtype):
+            loss, _ = model.loss(model(tokens, labels), indices, mask)
+        (loss / count).backward()
+        total += loss.detach() / count
+    return total
 
 
 @torch.no_grad()
@@ -162,110 +190,84 @@ def validate(model, codes, args, device):
 
 def main():
     args = parse()
-    device = runtime.setup(args.device)
+    device = runtime.setup(args)
     b = runtime.micro_batch(args)
-    runtime.check_out(args)
-    tokenizer = vq.load_tokenizer(args.tokenizer, device)
-    args.image_size = tokenizer.image_size
-    fingerprint = vq.fingerprint(tokenizer)
-    if tokenizer.quantizer.K > 65536:
-        raise BadInput(f"{args.tokenizer} has {tokenizer.quantizer.K} codes: a code cache holds 65536 at most")
-    source, val = data.open_source(args.data), data.open_source(args.val or args.data, "val")
-    if args.classes and len(source.classes) > args.classes:
-        raise BadInput(f"--data {args.data} has {len(source.classes)} classes, more than --classes {args.classes}")
-    if args.classes and (not source.classes or tuple(val.classes) != tuple(source.classes)):
-        raise BadInput(f"--data {args.data} has no classes, or --val {args.val} has others: use --classes 0, or "
-                       f"folders of class folders")
-    if args.label_dropout and not args.classes:
-        raise BadInput("--label_dropout needs classes: it drops the label")
-    data.check_size(source, args.image_size, args.data)
     run = runtime.Run(args, "prior")
-    if args.compile or (args.compile is None and device.type == "cuda"):
+    tokenizer = load_tokenizer(args.tokenizer, device)
+    args.image_size, K = tokenizer.image_size, tokenizer.quantizer.K
+    source, val, val_n = data.open_data(args)
+    if args.classes and not 0 < len(source.classes) <= args.classes:
+        raise BadInput(f"--data {args.data} has {len(source.classes)} classes, --classes says {args.classes}: use "
+                       f"--classes {len(source.classes)}")
+    if args.classes and tuple(val.classes) != tuple(source.classes):
+        raise BadInput(f"--val {args.val} has other classes than --data {args.data}")
+    if args.compile:
         tokenizer.encoder.compile()
     folder = Path(args.codes or run.out / "codes")
-    val_n = 0
-    if not args.val and args.data != "shapes":
-        val_n = 5000
-        if runtime.is_main():
-            print("no --val: the validation loss is of some training images, and shows no overfitting", flush=True)
     codes, val_codes = (
-        Codes(*encode_dataset(folder / name, images, tokenizer, fingerprint, args, crop, views, n, device),
-              views, args, device)
+        Codes(*encode_dataset(folder / name, images, tokenizer, crop, views, n, args, device), views, args, device)
         for name, images, crop, views, n in (("train", source, args.crop, args.views, 0),
                                              ("val", val, "center", 1, val_n)))
-    K, N, h = tokenizer.quantizer.K, codes.codes.shape[1], args.image_size // tokenizer.f
-    for cache in (codes, val_codes):
-        y = cache.labels
-        if cache.codes.max() >= K or args.classes and not 0 <= y.min() <= y.max() < args.classes:
-            raise BadInput(f"{folder} holds codes or labels out of range (K {K}, {args.classes} classes): remove it")
+    N, grid, made_of = codes.codes.shape[1], args.image_size // tokenizer.f, fingerprint(tokenizer)
     del tokenizer
 
     # ---- model and optimizer. Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
     torch.manual_seed(args.seed)
-    with runtime.refusing():
+    with runtime.explain():
         model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
     optimizer = torch.optim.AdamW(model.param_groups(args.weight_decay), args.lr, args.betas, fused=True)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    guard, start, best = runtime.Guard(device), 0, float("inf")
-    if state := run.resume(model=model, optimizer=optimizer, ema_state=ema):
-        start, best = state["step"], state["best"]
+    guard, averages, start = runtime.Guard(device), runtime.Averages(), 0
+    if state := run.resume(model=model, optimizer=optimizer, ema=ema and ema.module):
+        start = state["step"]
+        if ema:
+            ema.n_averaged.fill_(start)
+    best = min((line["loss"] for line in run.lines if line["split"] == "val"), default=math.inf)
     H = unigram_entropy(codes.codes, K)
     if runtime.is_main():
         print(f"{len(codes.codes)} rows of {N} codes, {len(val_codes.codes)} for validation; "
               f"ln K {math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
+    if args.compile:
+        model.compile()
 
     def save(step, path=None):
         run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 ema=ema.module.state_dict() if ema else None, ema_state=ema.state_dict() if ema else None,
-                 best=best, tokenizer=fingerprint, grid=h, classes=list(source.classes))
+                 ema=ema and ema.module.state_dict(), tokenizer=made_of, grid=grid, classes=list(source.classes))
 
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        model.compile()
+    def evaluate(step):
+        nonlocal best
+        loss = float(f"{validate(ema.module if ema else model, val_codes, args, device):.6g}")
+        if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
+            best = loss
+            save(step, run.out / "best.pt")
+        run.progress(step, **run.log(step, "val", loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss))
+
     model.train()
     run.progress(start)
-    total, counted = torch.zeros((), device=device), 0
+    if run.missed(start):
+        evaluate(start)
 
     for step in range(start, args.iters):
-        runtime.seed_step(args.seed, step)  # dropout
-        micro = []
+        # Dropout is a function of (seed, step, process): a resumed run needs no saved generator.
+        sequence = np.random.SeedSequence([args.seed, step, runtime.rank()])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        micro_batches = []
         for a in range(args.accum):
             first = step * args.batch_size + (a * runtime.world() + runtime.rank()) * b
             indices, labels = codes(range(first, first + b))
-            micro.append((indices, *model.corrupt(indices, labels, range(first, first + b), args.seed,
-                                                  args.label_dropout)))
-        # Masks differ in size: the mean is over the masked tokens of the global batch, whoever holds them.
-        count = runtime.sum_over_processes(sum(mask.sum() for *_, mask in micro).float()) / runtime.world()
-        for indices, tokens, labels, mask in micro:
-            with runtime.autocast(device, args.dtype):
-                loss, _ = model.loss(model(tokens, labels), indices, mask)
-            (loss / count).backward()
-            total += loss.detach() / count
-        counted += 1
-        runtime.set_lr(optimizer, learning_rate(step, args))
-        guard.step(optimizer)
+            micro_batches.append((indices, *model.corrupt(indices, labels, range(first, first + b), args.seed,
+                                                          args.label_dropout)))
+        averages.add(loss=prior_step(model, micro_batches, args))
+        averages.add(grad_norm=guard.step(optimizer, learning_rate(step, args)))
         if ema:
             ema.update_parameters(model)
 
-        done = step + 1
-        if done % args.log_every == 0 or done == args.iters:
-            mean = runtime.sum_over_processes(total / counted) / runtime.world()
-            total, counted, (skipped, broken) = torch.zeros((), device=device), 0, guard.check()
-            values = run.log(done, "train", loss=mean, lr=learning_rate(step, args), skipped=skipped)
-            run.progress(done, **values)
-            if broken:
-                save(done)
-                raise run.broken()
-        if done % args.eval_every == 0 or done == args.iters:
-            loss = validate(ema.module if ema else model, val_codes, args, device)
-            run.progress(done, **run.log(done, "val", loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss))
-            if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
-                best = loss
-                save(done, run.out / "best.pt")
-        stop = run.stopping()
-        if stop or done % args.save_every == 0 or done == args.iters:
-            save(done)
-        if stop:
-            run.stopped(done)
+        done, broken = step + 1, False
+        if run.due(done, args.log_every):
+            skipped, broken = guard.check()
+            run.progress(done, **run.log(done, "train", lr=learning_rate(step, args), skipped=skipped,
+                                         **averages.means()))
+        if run.after_step(done, broken, save, evaluate):
             return
 
 

@@ -13,10 +13,12 @@ The prefix c is the class's embedding, or one learned row without classes. A tra
 
     tokens, labels, mask = model.corrupt(indices, labels, samples, seed)
     total, count = model.loss(model(tokens, labels), indices, mask)         # total / count: Eq. 3 per token
+
+and `model.eval().generate(range(64), labels=labels)` draws the codes of 64 images.
 """
 import math
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -32,7 +34,7 @@ class Block(nn.Module):
     """Pre-LN attention and MLP, each with a residual: x (B, L, d) -> (B, L, d).
 
     The paper gives the sizes and "dropout 0.1" alone. Where the dropout sits (embedding, attention weights,
-    both residual branches), GELU and biases everywhere are GPT-2's; 12d^2 + 13d a block meets Table 8.
+    both residual branches), GELU and biases everywhere are GPT-2's.
     """
 
     def __init__(self, d, heads, dropout, causal):
@@ -64,30 +66,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A prior over sequences of `tokens` = N codes.
 
-    Args:
-        kind: "ar" or "nar".
-        size: a key of SIZES.
-        codebook_size: K, at most 65536 (codes are stored as uint16).
-        tokens: N, 256 for 16 x 16 codes.
-        classes: number of classes; 0 is unconditional.
-        dropout: 0.1 (Table 8).
-        null_class: adds a row that stands for "no class", which guidance (`cfg`) and `label_dropout` need.
-            Off by default: the paper "exclude[s] the classifier-free guidance" (Sec. 6.1).
-
-    `Transformer(**model.config)` builds the same model again. Raises ValueError on arguments out of range.
+    kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. classes: 0 is unconditional.
+    null_class adds a row that stands for "no class", which guidance (`cfg`) and `label_dropout` need; off by default:
+    the paper "exclude[s] the classifier-free guidance" (Sec. 6.1). `Transformer(**model.config)` builds it again.
     """
 
     def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000, dropout=0.1,
                  null_class=False):
         super().__init__()
-        if kind not in ("ar", "nar"):
-            raise ValueError(f'kind is "{kind}": choose "ar" or "nar"')
-        if size not in SIZES:
-            raise ValueError(f'size is "{size}": choose one of {", ".join(SIZES)}')
         if not 2 <= codebook_size <= 65536:
             raise ValueError(f"codebook_size is {codebook_size}: use 2 to 65536, what uint16 holds")
-        if tokens < 1 or classes < 0:
-            raise ValueError(f"tokens is {tokens}, classes {classes}: use at least 1 token and 0 classes")
         if null_class and not classes:
             raise ValueError("null_class without classes: an unconditional model has no label to drop")
         self.config = {"kind": kind, "size": size, "codebook_size": codebook_size, "tokens": tokens,
@@ -112,22 +100,17 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def param_groups(self, weight_decay=1e-2):
-        """AdamW's groups: decay on the linear layers' matrices, none on biases, norms and embeddings.
-
-        Table 10 gives weight_decay 1e-2 and not what it applies to. The tied head counts as an embedding.
-        """
+        """AdamW's groups. Table 10 gives weight_decay 1e-2, not what it applies to: here the linear layers' matrices,
+        but no biases, norms and embeddings (the tied head is one)."""
         decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.parameters() if all(p is not w for w in decay)]
         return [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-    # ---------------------------------------------------------------- training
-
     def forward(self, indices, labels=None):
         """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
-        AR: codes in [0, K); row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2.
-        NAR: masked codes are `mask_id` = K. The label `classes` is the null class. Raises ValueError if N is
-        not the model's, or if labels are given to an unconditional model or missing for a conditional one.
+        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are
+        `mask_id` = K. The label `classes` is the null class.
         """
         if indices.shape[1] != self.tokens:
             raise ValueError(f"indices have {indices.shape[1]} tokens an image: the model has {self.tokens}")
@@ -139,12 +122,10 @@ class Transformer(nn.Module):
         return self._head(x if self.kind == "ar" else x[:, 1:])  # NAR: the prefix predicts nothing
 
     def _prefix(self, labels, batch):
-        if self.classes and labels is None:
-            raise ValueError(f"labels are missing: pass one of the model's {self.classes} classes each")
+        if bool(self.classes) != (labels is not None):
+            raise ValueError(f"labels: pass one of {self.classes} classes for each image, none if that is 0")
         if labels is None:
             labels = torch.zeros(batch, dtype=torch.long, device=self.prefix.weight.device)
-        elif not self.classes:
-            raise ValueError("labels are given to an unconditional model (classes=0): leave them out")
         return self.prefix(labels)[:, None]  # (B, 1, d)
 
     def _head(self, x):
@@ -152,18 +133,16 @@ class Transformer(nn.Module):
             return F.linear(self.norm(x).float(), self.code.weight[: self.codebook_size].float())
 
     def corrupt(self, indices, labels, samples, seed=0, label_dropout=0.0):
-        """What a training step shows -> tokens (B, N), labels, mask (B, N) bool of the codes to predict.
+        """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to predict.
 
         NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted. For guidance a
-        label becomes the null class with probability `label_dropout`. `samples` are B integers >= 0: row j's
-        randomness is a pure function of (seed, samples[j]), so number the samples of a run (step * batch size
-        + row), and any split into processes or micro-batches gives the same masks.
+        label becomes the null class with probability `label_dropout`. `samples` are B integers: row j's randomness is a
+        function of (seed, samples[j]). Number the samples of a run (step * batch size + row), and any split into
+        processes or micro-batches gives the same masks.
         """
         if label_dropout and not self.null_class:
             raise ValueError(f"label_dropout is {label_dropout}: it needs a model with null_class=True")
-        if self.kind == "ar" and not label_dropout:  # nothing is drawn
-            return indices, labels, torch.ones_like(indices, dtype=torch.bool)
-        u = uniforms(seed, samples, self.tokens + 2, indices.device)
+        u = uniforms(keys(seed, samples, indices.device), -1, self.tokens + 2)  # no place of `generate`
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
         if self.kind == "ar":
@@ -172,11 +151,11 @@ class Transformer(nn.Module):
         return indices.masked_fill(mask, self.mask_id), labels, mask
 
     def loss(self, logits, indices, mask):
-        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are.
+        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are. Kept apart, since
+        masks differ in size: micro-batches and processes add up both.
 
-        total / count is the mean. They are kept apart since masks differ in size: micro-batches and processes
-        add up totals and counts. In training mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is
-        silent), so only a loss in eval mode is a likelihood.
+        In training mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is silent), so only a loss in eval
+        mode is a likelihood.
         """
         smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
         nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
@@ -194,66 +173,45 @@ class Transformer(nn.Module):
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
     def step(self, x, slot, cache):
-        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills the cache.
-
-        Shapes are fixed and nothing is read back to the host.
-        """
+        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills the cache; shapes
+        are fixed and nothing is read back to the host."""
         x = x + self.slot(slot)
         seen = (torch.arange(self.tokens, device=x.device) <= slot)[None]  # (1, N)
         for block, kv in zip(self.blocks, cache):
             x = block(x, kv, slot, seen)
         return self._head(x)[:, 0]
 
-    def check(self, B, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0, steps=12, choice_temperature=0.45):
-        """Raise ValueError unless `generate` can draw B samples with these arguments (which see)."""
-        N, K = self.tokens, self.codebook_size
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}: it divides the logits, use > 0")
-        if not choice_temperature >= 0:
-            raise ValueError(f"choice_temperature is {choice_temperature}: it scales noise, use >= 0")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}: it is a share of probability, use 0 < top_p <= 1")
-        if not 0 <= top_k <= K:
-            raise ValueError(f"top_k is {top_k}: use 0 (off) to {K}, the size of the codebook")
-        if self.kind == "nar" and (top_k or top_p < 1):
-            raise ValueError("top_k and top_p are for AR: for NAR use temperature and choice_temperature")
-        if self.kind == "nar" and not 1 <= steps <= N:
-            raise ValueError(f"steps is {steps}: use 1 to {N}, the number of tokens")
-        if not cfg >= 0 or (cfg and not self.null_class):
-            raise ValueError(f"cfg is {cfg}: use >= 0, and 0 (off) for a model trained without a null class")
-        if labels is not None and labels.shape != (B,):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}: pass one for each of {B} samples")
-        if labels is not None and self.classes and not (0 <= labels.min() and labels.max() < self.classes):
-            raise ValueError(f"labels are {labels.min()} to {labels.max()}: use 0 to {self.classes - 1}")
-
     @torch.no_grad()
     def generate(self, sample_ids, seed=0, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
                  steps=12, choice_temperature=0.45):
-        """Draw codes -> (B, N) int64 in [0, K). Call `eval()` first.
+        """Draw codes -> (B, N) int64 in [0, K). Call `eval()` first. Raises ValueError on arguments out of range.
 
-        Args:
-            sample_ids: B integers >= 0. Sample i depends on (seed, i) and its label alone. Its random numbers
-                do so exactly, its logits up to rounding, as another batch size may sum in another order. In
-                fp32 that changes about one code in a million; bf16 rounds far coarser, so keep the batch size
-                (pad the last batch) where samples must repeat exactly.
-            labels: (B,) int64 in [0, classes), or None for an unconditional model.
-            temperature: divides the logits, > 0.
-            top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold
-                the share p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
-            cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
-            steps: NAR only: T in [1, N]; 12 in Tables 3 and 4.
-            choice_temperature: NAR only, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, 0.65 on the others.
-
-        Raises ValueError on anything out of these ranges.
+        sample_ids: B integers. Sample i depends on (seed, i) and its label alone: its random numbers exactly, its
+            logits up to rounding. Keep the batch size (pad the last batch) where samples must repeat exactly in bf16.
+        labels: (B,) int64 in [0, classes), or None for an unconditional model.
+        temperature: divides the logits, > 0.
+        top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold the share
+            p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
+        cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
+        steps: NAR only: T in [1, N]; 12 in Tables 3 and 4.
+        choice_temperature: NAR only, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, 0.65 on the others.
         """
         N, K, B = self.tokens, self.codebook_size, len(sample_ids)
-        if self.training:
-            raise ValueError("generate() in training mode would sample with dropout: call eval() first")
-        self.check(B, labels, temperature, top_k, top_p, cfg, steps, choice_temperature)
+        for wrong, sentence in (
+                (self.training, "generate() in training mode would sample with dropout: call eval() first"),
+                (not temperature > 0, f"temperature is {temperature}: it divides the logits, use > 0"),
+                (not (0 < top_p <= 1 and 0 <= top_k <= K), f"top_p is {top_p}, top_k {top_k}: use 0 < top_p <= 1 and "
+                                                           f"0 (off) <= top_k <= {K}"),
+                (self.kind == "nar" and (top_k or top_p < 1), "top_k and top_p are for AR: use choice_temperature"),
+                (self.kind == "nar" and not 1 <= steps <= N, f"steps is {steps}: use 1 to {N}, the number of tokens"),
+                (cfg < 0 or choice_temperature < 0, f"cfg is {cfg}, choice_temperature {choice_temperature}: use >= 0"),
+                (cfg and not self.null_class, f"cfg is {cfg}: use 0 (off) for a model trained without a null class"),
+                (labels is not None and self.classes and not (0 <= labels.min() and labels.max() < self.classes),
+                 f"labels: use 0 to {self.classes - 1}, the classes of the model")):
+            if wrong:
+                raise ValueError(sentence)
         device = self.code.weight.device
-        bits = (K - 1).bit_length()  # `sample` takes as many uniform numbers a code
-        shape = (N, bits) if self.kind == "ar" else (steps, N, bits + 1)
-        u = uniforms(seed, sample_ids, math.prod(shape), device).view(B, *shape)
+        key = keys(seed, sample_ids, device)
         if labels is not None:
             labels = labels.to(device)
         if cfg:  # the second half of the batch sees the same codes and no class
@@ -270,20 +228,20 @@ class Transformer(nn.Module):
 
         if self.kind == "nar":
             tokens = torch.full((B, N), self.mask_id, device=device)
-            return maskgit(tokens, lambda s: guide(self(double(s), labels)), u, self.mask_id, temperature,
-                           choice_temperature)
+            return maskgit(tokens, lambda s: guide(self(double(s), labels)), partial(uniforms, key), steps,
+                           self.mask_id, temperature, choice_temperature)
         x = self._prefix(labels, B)
         cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
         s = torch.zeros(B, N, dtype=torch.long, device=device)
 
-        def draw_next():  # all of its state is on the device, at fixed addresses
+        def next_code():  # all of its state is on the device, at fixed addresses
             logits = guide(self.step(x, slot, cache))
-            code = sample(logits, u.index_select(1, slot)[:, 0], temperature, top_k, top_p)  # (B,)
+            code = sample(logits, uniforms(key, slot, K), temperature, top_k, top_p)  # (B,)
             s.index_copy_(1, slot, code[:, None])
             x.copy_(self.code(double(code))[:, None])
             slot.add_(1)
 
-        repeat(draw_next, N, device)
+        repeat(next_code, N, device)
         return s
 
 
@@ -309,12 +267,28 @@ def repeat(step, n, device):
             step()
 
 
-def uniforms(seed, samples, n, device=torch.device("cpu")):  # noqa: B008 (immutable)
-    """(B, n) float32 in [0, 1) for B samples: row j is a pure function of (seed, samples[j])."""
-    # the third word keeps these streams apart from those of data.py and train_prior.py
-    rows = [np.random.default_rng([seed, int(i), 3]).random(n, dtype=np.float32) for i in samples]
-    u = torch.from_numpy(np.stack(rows))
-    return u.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else u.to(device)
+def mix(x):
+    """SplitMix64's finaliser, a bijection of int64 that looks random; products wrap around."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47  # the shifts are logical: the sign must not fill in
+    x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+GOLDEN = -0x61C8864680B583EB  # SplitMix64's increment, 2^64 / golden ratio
+
+
+def keys(seed, samples, device):
+    """(B,) int64, one for each of the B integers `samples`: a hash of (seed, sample)."""
+    samples = torch.as_tensor(list(samples), dtype=torch.long).to(device)
+    return mix(mix(samples + GOLDEN) ^ mix(torch.full_like(samples, seed)))
+
+
+def uniforms(key, place, n):
+    """(B, n) float32 in (0, 1): number k of row j is a hash of (key[j], place, k), key (B,) int64.
+
+    A counter-based generator needs no state and no host: SplitMix64, started at a hash of (key, place)."""
+    state = mix(key + place)[:, None] + GOLDEN * torch.arange(1, n + 1, device=key.device)
+    return ((mix(state) >> 41 & 2**23 - 1).float() + 0.5) / 2**23
 
 
 def draw_mask(r, noise):
@@ -330,54 +304,45 @@ def draw_mask(r, noise):
 def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw from softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...) in [0, K).
 
-    u (..., ceil(log2 K)), uniform in [0, 1): one number decides each halving of the codes, until one is left.
-    Inverting the cumulative distribution by a single u would be shorter, but has K - 1 borders that rounding
-    moves: an error of 1e-6 in the logits changes about one code in 10^4 there, one in 10^6 here.
-    """
-    p = (logits.float() / temperature).softmax(-1)
+    u (..., K), uniform in (0, 1): the largest logit plus Gumbel noise is a draw from the softmax (Gumbel-max). An error
+    of 1e-6 in the logits changes it in one of a million draws, not in all whose border it moves."""
+    logits = logits.float() / temperature
     if top_k or top_p < 1:
-        kept, order = p.sort(dim=-1, descending=True, stable=True)
+        p, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if top_k:
-            kept[..., top_k:] = 0
-        above = kept.cumsum(-1) - kept  # what the more probable codes hold; 0 for the first, which stays
-        kept = kept.masked_fill(above >= top_p * kept.sum(-1, keepdim=True), 0)
-        p = torch.zeros_like(p).scatter(-1, order, kept)
-    bits = u.shape[-1]
-    p = F.pad(p, (0, 2**bits - p.shape[-1]))
-    code = 0
-    for bit in range(bits):
-        p = p.unflatten(-1, (2, -1))  # (..., 2, codes left / 2)
-        low, high = p.sum(-1).unbind(-1)
-        right = u[..., bit] * (low + high) >= low  # never a half without probability, since 0 <= u < 1
-        p = torch.where(right[..., None], p[..., 1, :], p[..., 0, :])
-        code = 2 * code + right.long()
-    return code
+            p[..., top_k:] = 0
+        above = p.cumsum(-1) - p  # what the more probable codes hold; 0 for the first, which stays
+        p = p.masked_fill(above >= top_p * p.sum(-1, keepdim=True), 0)
+        logits = logits.masked_fill(torch.zeros_like(p).scatter(-1, order, p) == 0, -torch.inf)
+    return (logits + gumbel(u)).argmax(-1)
 
 
-def maskgit(tokens, logits_fn, u, mask_id, temperature=1.0, choice_temperature=0.45):
+def gumbel(u):
+    return -torch.log(-torch.log(u))
+
+
+def maskgit(tokens, logits_fn, noise, T, mask_id, temperature=1.0, choice_temperature=0.45):
     """MaskGIT's parallel decoding in T steps: fills the masked tokens, keeps the known ones.
 
-    tokens (B, N) int64, `mask_id` where unknown; logits_fn maps such tokens to logits (B, N, K); u uniform in
-    [0, 1), (B, T, N, ceil(log2 K) + 1): a step's noise for `sample` and, last, for the choice. Returns (B, N)
-    int64 in [0, K).
+    tokens (B, N) int64, `mask_id` where unknown; logits_fn maps such tokens to logits (B, N, K); noise(place, n) gives
+    (B, n) uniform in (0, 1), others for each place. Returns (B, N) int64 in [0, K).
 
     A step draws every unknown code, then masks the least confident ones again: n cos(pi/2 (t+1)/T) of the n
     unknown at the start. Confidence is log p plus Gumbel noise, scaled by `choice_temperature` falling to 0.
     Table 10 has one "sampling temperature" (0.45). We take it for the choice temperature, which MaskGIT tunes
     (to 4.5), and leave `temperature`, on the logits, at 1: sweep both before quoting a number.
     """
-    T = u.shape[1]
-    n = (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
+    N, n = tokens.shape[1], (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
     for t in range(T):
         unknown = tokens == mask_id
         logits = logits_fn(tokens).float() / temperature
-        ids = torch.where(unknown, sample(logits, u[:, t, :, :-1]), tokens)
+        u = noise(t, N * logits.shape[-1]).view_as(logits)  # (B, N, K)
+        ids = torch.where(unknown, sample(logits, u), tokens)
         if t == T - 1:
             return ids  # before masking again: the schedule never masks fewer than one
         ratio = (t + 1) / T
-        gumbel = -torch.log(-torch.log(u[:, t, :, -1].clamp(min=1e-9)))
         log_p = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        confidence = log_p + choice_temperature * (1 - ratio) * gumbel
+        confidence = log_p + choice_temperature * (1 - ratio) * gumbel(noise(T + t, N))
         confidence = confidence.masked_fill(~unknown, torch.inf)
         length = (n * math.cos(math.pi / 2 * ratio)).floor()
         length = torch.minimum(length, unknown.sum(-1, keepdim=True) - 1).clamp(min=1)

@@ -1,23 +1,20 @@
 """The tokenizer: encoder E, codebook Z, decoder G (Secs. 3.1.1 and 3.4, Table 7).
 
+    model = VQModel()                            # the paper's phase 1; attention=1 is its phase 2
+    x_hat, indices, losses = model(x)            # x (B, 3, 256, 256) in [-1, 1], indices (B, 16, 16)
+    x_hat = model.decode_indices(indices)        # what a prior's codes become
+
     python vq.py        # every level, and the parameter counts beside the paper's
 
-Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f. Nothing here knows of devices,
-processes or training; two hooks of the quantizer (`sync`, `gather`) let a training script put a mean and a
-concatenation over processes in.
+Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f. Nothing here depends on files,
+devices or processes.
 """
-import hashlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-from runtime import load_checkpoint, refusing, restore
-
-CODEBOOKS = ("entropy", "none", "kmeans", "factorized")  # Table 5
-
 
 # ------------------------------------------------------------------------------------------ building blocks
 
@@ -107,7 +104,7 @@ class Encoder(nn.Module):
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, z_dim, 1))
         self.quant_conv = nn.Conv2d(z_dim, z_dim, 1)
-        self.recompute = False  # a training script's choice: levels keep their input alone for the backward pass
+        self.recompute = False  # True: levels keep only their input for the backward pass
 
     def forward(self, x):
         h = self.stem(x)  # (B, c_1, H, W)
@@ -149,36 +146,24 @@ class Decoder(nn.Module):
 class Quantizer(nn.Module):
     """Nearest code per position (Eq. 1), the last two terms of Eq. 2, and Sec. 3.4's entropy term.
 
-    kind: "entropy" is the paper's; the others are Table 5's: "none", "kmeans" (K-means over a reservoir of encoder
-    outputs, again and again), "factorized" (codes of 32 dimensions on the unit sphere, as in ViT-VQGAN).
+    The contract, which any module that stands in for this one keeps (codebooks.py has Table 5's three):
+        K                  number of codes
+        nearest(z)         (N, dim) -> indices (N,) int64
+        embed(indices)     (B, h, w) -> z_q (B, n_z, h, w)
+        forward(z_hat)     (B, n_z, h, w) -> z_q, indices, losses; `losses` are scalars, and losses["vq"] is their
+                           weighted sum, which a training script adds to its loss
     All of it runs in fp32, whatever the autocast."""
 
-    RESERVOIR, KMEANS_EVERY, KMEANS_UNTIL, KMEANS_ROUNDS = 16_384, 2_000, 30_000, 10  # in forward passes
-
-    def __init__(self, kind, K, z_dim, beta=0.25, gamma=0.01, factorized_dim=32):
+    def __init__(self, K, z_dim, beta=0.25, gamma=0.01):
         super().__init__()
-        if kind not in CODEBOOKS:
-            raise ValueError(f"codebook {kind!r} is none of {', '.join(CODEBOOKS)}")
-        self.kind, self.K, self.beta, self.gamma = kind, K, beta, gamma
-        self.sync = lambda mean: mean  # mean over processes, with gradient; a training script sets it
-        self.gather = lambda rows: rows  # rows of all processes
-        self.start = ""  # "bypass" or "kmeans": where a run with --vq_start stands
-        dim = z_dim
-        if kind == "factorized":
-            dim = factorized_dim
-            self.down, self.up = nn.Linear(z_dim, dim), nn.Linear(dim, z_dim)
+        self.K, self.beta, self.gamma = K, beta, gamma
+        self.mean = lambda usage: usage  # a training script on several processes puts their mean here, with gradient
         # Paper: silent on the start of the codebook. VQGAN's U(-1/K, 1/K); no warm-up, no K-means start.
-        self.codebook = nn.Parameter(torch.empty(K, dim).uniform_(-1 / K, 1 / K))
-        if kind == "factorized":  # a uniform direction on the sphere
-            nn.init.normal_(self.codebook, std=dim ** -0.5)
-        if kind == "kmeans":
-            self.register_buffer("reservoir", torch.zeros(self.RESERVOIR, dim))
-            self.register_buffer("filled", torch.zeros((), dtype=torch.long))
-            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.codebook = nn.Parameter(torch.empty(K, z_dim).uniform_(-1 / K, 1 / K))
 
     def codes(self):
-        """Z: (K, dim), on the unit sphere if factorized."""
-        return F.normalize(self.codebook.float(), dim=1) if self.kind == "factorized" else self.codebook.float()
+        """Z: (K, dim) fp32."""
+        return self.codebook.float()
 
     def distances(self, z):
         """Squared L2 distances (N, K) of z (N, dim) to all codes, by a matrix product.
@@ -189,32 +174,20 @@ class Quantizer(nn.Module):
         z, codes = z - mean, codes - mean
         return z.square().sum(1, keepdim=True) - 2 * z @ codes.T + codes.square().sum(1)
 
+    def nearest(self, z):
+        with torch.autocast(z.device.type, enabled=False):
+            return self.distances(z.float()).argmin(1)
+
     def embed(self, indices):
-        """indices (B, h, w) -> z_q (B, n_z, h, w)."""
-        z_q = F.embedding(indices, self.codes())
-        if self.kind == "factorized":
-            z_q = self.up(z_q)
-        return z_q.permute(0, 3, 1, 2)
+        return F.embedding(indices, self.codes()).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
-        """z_hat (B, n_z, h, w) -> z_q of the same shape with straight-through gradient, indices (B, h, w), and the
-        unweighted terms: codebook, commitment, H (entropy of the soft usage, nats), plus `vq`, their weighted sum."""
+        """-> z_q with straight-through gradient, indices, and the terms codebook, commitment, H (entropy of the soft
+        usage, nats) and vq."""
         with torch.autocast(z_hat.device.type, enabled=False):
             z = z_hat.float().permute(0, 2, 3, 1)  # (B, h, w, n_z)
             shape = z.shape
             z = z.reshape(-1, shape[-1])  # (N, n_z)
-            if self.kind == "factorized":
-                z = F.normalize(self.down(z), dim=1)
-            if self.kind == "kmeans" and self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
-                self._kmeans(z.detach())
-            if self.training and self.start == "bypass":  # --vq_start: a plain autoencoder, nothing is quantized yet
-                return z_hat, None, {"vq": z.new_zeros(())}
-            if self.training and self.start == "kmeans":  # then the codes begin where the encoder's outputs are
-                rows = self.gather(z.detach())
-                rows = rows[rows.isfinite().all(1)]
-                if len(rows):  # a bad step: the next one will do
-                    self._set_codes(rows, 0)
-                    self.start = ""
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
             z_q = F.embedding(indices, self.codes())
@@ -224,52 +197,12 @@ class Quantizer(nn.Module):
             # and fills nothing) and maximise H: minimising it would collapse the usage that it is to smooth.
             # The mean runs over all positions of the global batch: 256 of one image can't use 1,024 codes.
             usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
-            usage = self.sync(usage) if self.training else usage
+            usage = self.mean(usage) if self.training else usage
             losses["H"] = -(usage * (usage + 1e-10).log()).sum()
             losses["vq"] = losses["codebook"] + self.beta * losses["commitment"]
-            if self.kind == "entropy":
-                losses["vq"] = losses["vq"] + self.gamma * (math.log(self.K) - losses["H"])
+            losses["vq"] = losses["vq"] + self.gamma * (math.log(self.K) - losses["H"])
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z as it is
-            if self.kind == "factorized":
-                z_q = self.up(z_q)
             return z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3]), losses
-
-    @torch.no_grad()
-    def _kmeans(self, z):
-        """Keep the newest 16,384 encoder outputs; every 2,000 steps, until step 30,000, replace the codebook by
-        K-means of them. The same on every process: all see all rows, the only draw is seeded by the step, and the sums
-        run on the CPU, in one order (a GPU's differ in the last bit from process to process)."""
-        z = self.gather(z)
-        z = z[z.isfinite().all(1)][-self.RESERVOIR:]  # a bad step must not stay in the memory
-        where = (self.filled + torch.arange(len(z), device=z.device)) % self.RESERVOIR
-        self.reservoir[where] = z
-        self.filled += len(z)
-        step = int(self.steps)
-        self.steps += 1
-        first = int(self.filled) >= 4 * self.K and int(self.filled) - len(z) < 4 * self.K  # its own start
-        if not (first or (step and step % self.KMEANS_EVERY == 0 and step <= self.KMEANS_UNTIL)):
-            return
-        self._set_codes(self.reservoir[:min(int(self.filled), self.RESERVOIR)], step)
-
-    @torch.no_grad()
-    def _set_codes(self, points, seed):
-        self.codebook.copy_(kmeans(points.cpu(), self.K, self.KMEANS_ROUNDS, torch.Generator().manual_seed(seed)))
-
-
-def kmeans(points, K, rounds, generator):
-    """Lloyd's algorithm, points (N, dim) -> centres (K, dim); a centre without points is put on a random one."""
-    pick = lambda n: points[torch.randint(len(points), (n,), generator=generator)]  # noqa: E731
-    centres = points[torch.randperm(len(points), generator=generator)[:K]]
-    if len(centres) < K:
-        centres = torch.cat([centres, pick(K - len(centres))])
-    for _ in range(rounds):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        counts = torch.bincount(nearest, minlength=K)
-        centres = sums / counts.clamp(min=1)[:, None]
-        empty = counts == 0
-        centres[empty] = pick(int(empty.sum()))
-    return centres
 
 
 def usage_and_perplexity(histogram):
@@ -283,21 +216,19 @@ def usage_and_perplexity(histogram):
 # --------------------------------------------------------------------------------------------- the tokenizer
 
 class VQModel(nn.Module):
-    """The whole tokenizer. The defaults are the paper's phase 1; phase 2 has attention=1."""
+    """The whole tokenizer. The defaults are the paper's phase 1; phase 2 has attention=1.
 
-    def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, codebook_size=1024, codebook="entropy",
-                 attention=0, extra_blocks=0, beta=0.25, gamma=0.01):
+    channels: one width per level, multiples of 16; each level halves the image, f = 2^(levels - 1).
+    attention, extra_blocks: see Decoder. quantizer: a class that keeps Quantizer's contract, called as Quantizer is."""
+
+    def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, codebook_size=1024, attention=0, extra_blocks=0,
+                 beta=0.25, gamma=0.01, quantizer=Quantizer):
         super().__init__()
-        for c in channels:
-            if c % 16:
-                raise ValueError(f"channels {c}: each width must be a multiple of 16 (group norm and heads)")
-        if not (0 <= attention <= 16 and 0 <= extra_blocks <= 16):
-            raise ValueError(f"attention {attention}, extra_blocks {extra_blocks}: use 0 to 16 a level")
-        self.config = dict(channels=list(channels), z_dim=z_dim, codebook_size=codebook_size, codebook=codebook,
-                           attention=attention, extra_blocks=extra_blocks, beta=beta, gamma=gamma)  # VQModel(**config)
+        if any(c % 16 for c in channels):
+            raise ValueError(f"channels {channels}: each width must be a multiple of 16 (group norm and heads)")
         self.f = 2 ** (len(channels) - 1)
         self.encoder = Encoder(channels, z_dim)
-        self.quantizer = Quantizer(codebook, codebook_size, z_dim, beta, gamma)
+        self.quantizer = quantizer(codebook_size, z_dim, beta, gamma)
         self.decoder = Decoder(channels, z_dim, attention, extra_blocks)
 
     def encode(self, x):
@@ -315,28 +246,6 @@ class VQModel(nn.Module):
     def forward(self, x):
         z_q, indices, losses = self.encode(x)
         return self.decode(z_q), indices, losses
-
-
-def fingerprint(model):
-    """sha256 of all that decides an image's codes: encoder and codebook. Phase 2 leaves it as it was."""
-    digest = hashlib.sha256()
-    for part in (model.encoder, model.quantizer):
-        for name, tensor in sorted(part.state_dict().items()):
-            if name not in ("reservoir", "filled", "steps"):  # K-means' memory
-                digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def load_tokenizer(path, device="cpu"):
-    """The tokenizer of a train_tokenizer.py checkpoint, in eval mode and frozen; its averaged weights if it has them.
-    `.image_size` is the size that it was trained at."""
-    state = load_checkpoint(path, "tokenizer")
-    with refusing(path):
-        model = restore(path, lambda: VQModel(**state["config"]), state["ema"] or state["model"])
-        model.image_size = int(state["args"]["image_size"])
-        if model.image_size % model.f or model.image_size < 1:
-            raise ValueError(f"image_size {model.image_size}")
-    return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
 def count(module):

@@ -1,4 +1,5 @@
 """Shared by the tests: running the scripts as a user would, in this process (quick) or through torchrun."""
+import importlib
 import os
 import signal
 import subprocess
@@ -7,33 +8,52 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+FOLDERS = ROOT, ROOT / "miniature", ROOT / "benchmarks"  # where scripts are
+sys.path[:0] = map(str, FOLDERS)
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import runtime  # noqa: E402
+
 torch.set_num_threads(1)
+SCRIPTS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.py"))
+           if "runtime.Parser(" in path.read_text()}
 
 
 @pytest.fixture
 def script(monkeypatch):
     """script("train_tokenizer", "--iters", 3): its main() with these words as the command line."""
     def call(name, *words):
-        module = __import__(name)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         try:
-            return module.main()
-        finally:  # a Run holds its lock as long as its signal handlers stand
+            return importlib.import_module(name).main()
+        finally:  # a Run handles them
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return call
 
 
 @pytest.fixture
+def signal_in(monkeypatch):
+    """signal_in(3): from now on a SIGTERM arrives while a script takes step 3; signal_in(None) undoes it."""
+    after_step = runtime.Run.after_step
+
+    def arrive(step):
+        def after(self, done, *rest):
+            if done == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return after_step(self, done, *rest)
+        monkeypatch.setattr(runtime.Run, "after_step", after)
+    return arrive
+
+
+@pytest.fixture
 def launch():
-    """launch(["train_tokenizer.py", ...], processes=2): the real command in a process of its own; its result."""
+    """launch(["miniature/train_vgg.py", ...]), launch(["train_tokenizer.py", ...], processes=2): the real command in a
+    process of its own; its result."""
     def call(words, processes=0, check=True, **options):
         start = [sys.executable]
         if processes:
@@ -43,6 +63,23 @@ def launch():
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
     return call
+
+
+class Caught(Exception):
+    pass
+
+
+def parser_of(name, monkeypatch):
+    """The parser that a script makes."""
+    def catch(self, *words):
+        raise Caught(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.Parser, "parse_args", catch)
+        patch.setattr(sys, "argv", [f"{name}.py"])
+        patch.setattr(os, "cpu_count", lambda: 64)
+        with pytest.raises(Caught) as caught:
+            importlib.import_module(name).main()
+    return caught.value.args[0]
 
 
 @pytest.fixture(scope="session")

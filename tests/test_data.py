@@ -1,8 +1,6 @@
 """Sources, decoding, crops, and the order of images."""
-import gzip
 import io
-import os
-import tarfile
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,7 +8,8 @@ import torch
 from PIL import Image
 
 import data
-from data import EvalImages, Folder, Shapes, Tar, TrainImages
+from data import EvalImages, Folder, TrainImages
+from miniature.shapes import Shapes, draw
 from runtime import BadInput
 
 
@@ -39,16 +38,19 @@ def test_shapes_are_a_function_of_index_and_size():
     assert np.abs(small - np.asarray(one, float)).mean() < 20  # the same picture at another size
     labels = [Shapes().label(i) for i in range(20)]
     assert labels == [*range(10)] * 2 and len(Shapes.classes) == 10
-    fine = [Shapes().fine_label(i) for i in range(300)]
+    fine = Shapes()
+    fine.fine = True
+    fine = [fine.label(i) for i in range(300)]
     assert [f // 6 for f in fine] == [i % 10 for i in range(300)] and len(set(fine)) == 60
 
 
 def test_fine_label_names_the_objects_colour():
     import colorsys
     s = Shapes()
+    s.fine = True
     for i in range(1, 40, 10):  # hearts: main colour at the middle
         r, g, b = np.asarray(s.load(i, 64), float)[28:36, 28:36].reshape(-1, 3).mean(0) / 255
-        hue, family = colorsys.rgb_to_hsv(r, g, b)[0], s.fine_label(i) % 6
+        hue, family = colorsys.rgb_to_hsv(r, g, b)[0], s.label(i) % 6
         assert min(abs(hue - family / 6 + k) for k in (-1, 0, 1)) < 0.1
 
 
@@ -82,6 +84,26 @@ def test_flat_folder_has_no_classes(tmp_path):
     assert not source.classes and [source.name(i)[-5:] for i in range(2)] == ["a.jpg", "b.png"]
 
 
+def test_class_folders_of_any_depth(tmp_path, capsys):
+    where = {"b/1.png": 2, "a/z.png": 0, "a/deep/er/2.PNG": 0, "a-b/3.jpeg": 1}  # "a-b/" sorts before "a/"
+    hidden = [".hidden.png", ".cache/4.png", "a/.thumbs/5.png", "b/._1.png"]
+    for i, name in enumerate([*where, *hidden, "outside/6.png"]):
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(tmp_path / "root" / name, "PNG")
+    (tmp_path / "root/outside").rename(tmp_path / "outside")
+    (tmp_path / "root/c").symlink_to(tmp_path / "outside")
+    for other in ("notes.txt", "a/list.csv", "only/text.json"):  # no images, and a folder without one is no class
+        (tmp_path / "root" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "root" / other).write_text("x")
+    source = Folder(tmp_path / "root")
+    assert source.classes == ["a", "a-b", "b", "c"] and len(source) == 5
+    got = {source.name(i).removeprefix(f"{tmp_path}/root/"): source.label(i) for i in range(5)}
+    assert got == where | {"c/6.png": 3}
+    assert [source.label(i) for i in range(5)] == [0, 0, 1, 2, 3]
+    assert source.load(4).getpixel((3, 3)) == (80, 0, 0)
+    assert "3 file(s)" in capsys.readouterr().out
+
+
 def test_jpegs_are_decoded_at_reduced_size(tmp_path):
     image = Shapes().load(3, 512)
     image.save(tmp_path / "a.jpg", quality=95)
@@ -102,121 +124,11 @@ def test_lsun_is_read_in_workers(tmp_path):
             transaction.put(f"key{i}".encode(), file.getvalue())
     env.close()
     source = data.open_source(f"lsun:{tmp_path / 'cat'}")
-    assert len(data.open_source(f"lsun:{tmp_path / 'cat'}")) == 10  # the same again, as --data without --val does
+    assert len(data.open_source(f"lsun:{tmp_path / 'cat'}")) == 10  # the same again, for --val
     assert len(source) == 10 and source.load(2).getpixel((5, 5)) == (50, 0, 0)  # open here, then in the workers
     got = sorted(int(image[0, 0, 0]) for batch in data.eval_loader(EvalImages(source, 16), 4, 2, CPU)
                  for image in batch[0])
     assert got == [25 * i for i in range(10)]
-
-
-def jpeg(value):
-    file = io.BytesIO()
-    Image.new("RGB", (30, 20), (value, 0, 0)).save(file, "JPEG")
-    return file.getvalue()
-
-
-def make_tar(path, members):
-    """A tar file of {name: bytes}, in that order; its bytes."""
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path.read_bytes()
-
-
-def shown(source):
-    """Of every image its name within the tars, its label, and the red that it shows."""
-    red = [np.asarray(source.load(i))[0, 0, 0] for i in range(len(source))]
-    return [(os.fsdecode(source.names[i]), source.label(i), round(int(r), -1)) for i, r in enumerate(red)]
-
-
-def test_a_tar_gives_what_the_folder_gives(photos, tmp_path):
-    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-        tar.add(photos, "some/where")
-    folder, tar = data.open_source(str(photos)), data.open_source(str(tmp_path / "photos.tar"))
-    assert isinstance(tar, Tar) and tar.classes == folder.classes and len(tar) == len(folder) == 8
-    for workers in (0, 2):
-        for a, b in zip(stream(folder, workers=workers), stream(tar, workers=workers)):
-            assert all(torch.equal(x, y) for x, y in zip(a, b))
-    data.check_size(tar, 32, "photos.tar")
-    with pytest.raises(BadInput, match="smaller than the crop"):
-        data.check_size(tar, 256, "photos.tar")
-
-
-def test_imagenets_archive_of_archives(tmp_path):
-    inner = {f"n0000000{c}.tar": make_tar(tmp_path / "classes" / f"n0000000{c}.tar",
-                                          {f"{i}.JPEG": jpeg(100 * c + 10 * i) for i in (1, 0)}) for c in (1, 0)}
-    make_tar(tmp_path / "train.tar", inner)
-    expected = [(f"n0000000{c}/{i}.JPEG", c, 100 * c + 10 * i) for c in (0, 1) for i in (0, 1)]
-    for spec in (tmp_path / "train.tar", tmp_path / "classes"):  # as published, and unpacked once
-        source = data.open_source(str(spec))
-        assert source.classes == ["n00000000", "n00000001"] and shown(source) == expected
-
-
-def test_webdatasets_shards(tmp_path):
-    shards = {"b": [(3, 2), (4, 0)], "a": [(1, 0), (2, 2)]}
-    for shard, images in shards.items():
-        make_tar(tmp_path / "web" / f"{shard}.tar",
-                 {name: content for i, label in images for name, content in (
-                     (f"./{i}.x.jpg", jpeg(10 * i)), (f"./{i}.cls", f"{label}\n".encode()), (f"./{i}.json", b"{}"))})
-    source = data.open_source(str(tmp_path / "web"))
-    assert source.classes == ["0", "1", "2"]
-    assert shown(source) == [("1.x.jpg", 0, 10), ("4.x.jpg", 0, 40), ("2.x.jpg", 2, 20), ("3.x.jpg", 2, 30)]
-    assert source.name(3) == f"{tmp_path}/web/b.tar/3.x.jpg"
-
-
-def test_a_flat_tar_has_no_classes_and_an_index(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "flat.tar"
-    make_tar(path, {"images/b.jpg": jpeg(20), "images/a.jpg": jpeg(10), "images/._a.jpg": b"", "notes.txt": b"x"})
-    source = data.open_source(str(path))
-    expected = [("images/a.jpg", 0, 10), ("images/b.jpg", 0, 20)]
-    assert not source.classes and shown(source) == expected
-
-    def never(*_):
-        raise AssertionError("the headers are read again")
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "_members", never)
-        again = data.open_source(str(path))
-    assert shown(again) == expected and again.signature() == source.signature()
-    make_tar(path, {"c.jpg": jpeg(30), "d.jpg": jpeg(40)})  # another file under the same name
-    os.utime(path, (1, 1))
-    other = data.open_source(str(path))
-    assert [name for name, *_ in shown(other)] == ["c.jpg", "d.jpg"] and other.signature() != source.signature()
-    (tmp_path / "flat.tar.index.npz").write_bytes(b"damaged")
-    assert len(data.open_source(str(path))) == 2
-
-    def full(*_):
-        raise BadInput("no room")
-    (tmp_path / "flat.tar.index.npz").unlink()
-    monkeypatch.setattr(data.runtime, "save_file", full)
-    capsys.readouterr()
-    assert len(data.open_source(str(path))) == 2 and "kept in memory" in capsys.readouterr().out
-
-
-def test_bad_tars_are_refused(tmp_path):
-    whole = make_tar(tmp_path / "whole.tar", {"a/1.jpg": jpeg(1), "b/2.jpg": jpeg(2)})
-    end = len(whole.rstrip(b"\0"))  # of the last image; zeros up to a whole block, then the archive's own end
-    content = {"cut": whole[:1800], "headless": whole[:1024], "endless": whole[:end + -end % 512], "text": b"no tar",
-               "empty": b"", "gz": gzip.compress(whole)}
-    for name, text in content.items():
-        (tmp_path / f"{name}.tar").write_bytes(text)
-    make_tar(tmp_path / "outer.tar", {"n00000001.tar": whole[:1800]})
-    make_tar(tmp_path / "none.tar", {"a.txt": b"x"})
-    make_tar(tmp_path / "mixed.tar", {"a/1.jpg": jpeg(1), "2.jpg": jpeg(2)})
-    make_tar(tmp_path / "word.tar", {"1.jpg": jpeg(1), "1.cls": b"cat"})
-    make_tar(tmp_path / "half.tar", {"1.jpg": jpeg(1), "1.cls": b"0", "2.jpg": jpeg(2)})
-    for name, words in [*[(name, r"can't be read as a tar file") for name in content],
-                        ("outer", "outer.tar/n00000001.tar can't be read as a tar"), ("none", "holds no images"),
-                        ("mixed", "both images and class folders"), ("word", "holds b'cat', not the number of a class"),
-                        ("half", r"2.jpg has no .cls file beside it")]:
-        with pytest.raises(BadInput, match=words):
-            data.open_source(str(tmp_path / f"{name}.tar"))
-    source = data.open_source(str(tmp_path / "whole.tar"))
-    (tmp_path / "whole.tar").unlink()
-    with pytest.raises(data.Unreadable, match="whole.tar/a/1.jpg"):
-        source.load(0)
 
 
 def test_batches_depend_on_seed_step_and_position_alone(monkeypatch):
@@ -254,6 +166,14 @@ def test_eval_images_come_once_over_all_processes(monkeypatch):
     assert len(indices) == len(set(indices)) == 17 and set(indices) <= set(range(20))
 
 
+def test_choose_takes_some_of_all_and_always_the_same():
+    assert data.choose(7, 0).tolist() == data.choose(7, 7).tolist() == data.choose(7, 8).tolist() == [*range(7)]
+    some = data.choose(1000, 100)
+    assert np.array_equal(some, data.choose(1000, 100)) and (np.diff(some) > 0).all() and 0 <= some[0]
+    assert len(some) == 100 and some[-1] < 1000
+    assert (np.histogram(some, 4, (0, 1000))[0] > 10).all()  # from everywhere, not the first class
+
+
 def test_crops():
     ramp = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
     image = Image.merge("RGB", [Image.fromarray(ramp)] * 3)  # 200 wide, 100 high, value = x
@@ -279,6 +199,24 @@ def test_crops():
 def test_float_range():
     x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4), CPU)
     assert x[0].eq(-1).all() and x[1].eq(1).all()
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(data.to_uint8(data.to_float(every, CPU).to(dtype)), every)
+    assert data.to_uint8(torch.tensor([-1.2, 0.003, 0.005, 0.013, 1.5])).tolist() == [0, 128, 128, 129, 255]
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path, scale):
+    torch.manual_seed(0)
+    images = torch.randint(256, (5, 3, 6, 4), dtype=torch.uint8)
+    data.save_grid(tmp_path / "new" / "g.png", data.to_float(images, CPU), columns=3, scale=scale)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["g.png"]
+    expected = np.full((2 * 8 + 2, 3 * 6 + 2, 3), 255)
+    for i, image in enumerate(images):
+        y, x = 2 + i // 3 * 8, 2 + i % 3 * 6
+        expected[y:y + 6, x:x + 4] = image.permute(1, 2, 0)
+    grid = np.asarray(Image.open(tmp_path / "new" / "g.png"))
+    assert np.array_equal(grid, expected.repeat(scale, 0).repeat(scale, 1))
 
 
 def broken_folder(tmp_path, good, bad):
@@ -297,7 +235,7 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
         bad(index)
         assert images.float().std((1, 2, 3)).min() > 0  # another image stands in its place
     out = capsys.readouterr().out
-    assert out.count("skipped") == 1 and "bad0.jpg" in out and len(bad.seen) == 1
+    assert out.count("skipped") == 1 and "bad0.jpg" in out and len(bad.found) == 1 and bad.seen == 320
     index = torch.cat([b[2] for b in data.eval_loader(EvalImages(source, 16), 8, 0, CPU)])
     assert (index < 0).sum() == 1 and source.name(-1 - int(index.min())).endswith("bad0.jpg")
 
@@ -318,7 +256,9 @@ def test_a_folder_of_nothing_readable(tmp_path):
 
 def test_bad_sources_are_refused(tmp_path, photos):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file.tar").write_bytes(b"")
     for spec, words in [(str(tmp_path / "none"), "no such folder"), (str(tmp_path / "empty"), "holds no images"),
+                        (str(tmp_path / "file.tar"), "no such folder"),
                         ("lsun:" + str(tmp_path), "no lmdb")]:
         with pytest.raises(BadInput, match=words):
             data.open_source(spec)
@@ -327,19 +267,66 @@ def test_bad_sources_are_refused(tmp_path, photos):
         data.open_source(str(photos))
 
 
+def test_an_empty_lmdb_is_refused(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    lmdb.open(str(tmp_path / "empty"), map_size=1 << 24).close()
+    with pytest.raises(BadInput, match="empty"):
+        data.open_source(f"lsun:{tmp_path / 'empty'}")
+
+
 def test_signatures_tell_data_sets_apart(tmp_path):
     for name, first in (("a", 0), ("b", 50), ("c", 0)):
         (tmp_path / name).mkdir()
         for i in range(3):
-            data.draw(first + i, i, 32).save(tmp_path / name / f"{i}.png")
+            draw(first + i, i, 32).save(tmp_path / name / f"{i}.png")
     a, b, c = (Folder(tmp_path / name).signature() for name in "abc")
     assert a == c != b and Shapes("val").signature() != Shapes().signature()
+
+
+def test_signatures_are_of_what_is_in_the_files(photos):
+    first = Folder(photos).signature()
+    path = photos / "cats" / "grey.png"
+    Image.new("L", (64, 64)).save(path)  # another picture under the same name
+    second = Folder(photos).signature()
+    path.rename(photos / "cats" / "black.png")
+    third = Folder(photos).signature()
+    (photos / "cats" / "black.png").rename(photos / "dogs" / "black.png")
+    assert len({first, second, third, Folder(photos).signature()}) == 4
 
 
 def test_small_images_are_refused(photos):
     data.check_size(Folder(photos), 32, photos)
     with pytest.raises(BadInput, match="smaller than the crop"):
         data.check_size(Folder(photos), 256, photos)
+
+
+def test_data_and_val(photos, capsys):
+    def open_data(training=None, val=None):
+        args = Namespace(data=training and str(training), val=val and str(val), image_size=32)
+        return args, *data.open_data(args)
+
+    args, source, val, n = open_data()
+    assert args.data == "shapes" and "NO --data: TRAINING ON DRAWN PICTURES" in capsys.readouterr().out
+    for _ in range(2):
+        assert (len(source), len(val), n) == (20_000, 2_000, 0) and source.signature() != val.signature()
+        args, source, val, n = open_data("shapes")
+        assert capsys.readouterr().out == ""  # as asked for
+    _, source, val, n = open_data(photos)
+    assert val is source and len(val) == 8 and n == 5000 and "no --val" in capsys.readouterr().out
+    for training in (photos, "shapes"):
+        _, source, val, n = open_data(training, photos)
+        assert val is not source and len(val) == 8 and n == 0 and "no --val" not in capsys.readouterr().out
+    _, source, val, n = open_data(photos, "shapes")
+    assert len(val) == 2_000
+    for training, val in ((photos, None), ("shapes", photos)):
+        Image.new("RGB", (8, 8)).save(photos / "cats" / "small.png")  # one does no harm, a majority does
+        open_data(training, val)
+        for i in range(9):
+            Image.new("RGB", (8, 8)).save(photos / "cats" / f"small{i}.png")
+        with pytest.raises(BadInput, match=f"{photos}: images are smaller than the crop"):
+            open_data(training, val)
+        for path in (photos / "cats").glob("small*"):
+            path.unlink()
 
 
 def test_data_py_checks_and_exports(script, photos, tmp_path, capsys):

@@ -3,6 +3,7 @@
 The published weights are not needed: all tools are given one file of random weights in the published layout,
 scaled so that rounding does not grow from layer to layer (features of 0.3 that differ by 0.07)."""
 import json
+import pickle
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from torch import nn
 import data
 import fid
 import losses
+import train_tokenizer
 import vq
 from runtime import BadInput
 
@@ -83,7 +85,7 @@ def folders(tmp):
 
 @pytest.fixture(scope="module")
 def classifier(tmp):
-    """A checkpoint as train_vgg.py writes it: 3 classes of 2 fine labels each; 8 penultimate features."""
+    """A checkpoint as train_vgg.py writes it: 3 classes of 2 colours each; 8 penultimate features."""
     torch.manual_seed(0)
     net = losses.SmallVGG([8, 8, 8, 8, 8], 6)
     for module in net.modules():
@@ -222,37 +224,52 @@ def test_frechet_of_singular_covariances():
 class Pixels(nn.Module):
     """A network whose features and logits are simple functions of the picture."""
 
-    name, dims, ways, fine, resize, weights = "FID", 12, 7, 1, "tf1", "0"
+    name, feature_dim, num_classes, labels_per_class, resize, weights = "FID", 12, 7, 1, "tf1", "0"
 
     def forward(self, images):
         features = F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
         return features, torch.cat([features[:, :3] - features[:, 9:], features[:, 3:7]], 1) / 20
 
 
-def summary(images, batches, net=None):
-    sums = fid.Sums(len(images), net or Pixels(), torch.device("cpu"))
-    for index in torch.arange(len(images)).split(batches):
-        sums.add(images[index], torch.zeros_like(index), index)
-    return sums.merge("pictures")
+class Fixed(list):
+    """Images in memory, as fid.measure reads them: (image, label, place in the set)."""
+
+    path = description = "pictures"
+
+
+def summary(images, batch_size, net=None):
+    dataset = Fixed((image, 0, i) for i, image in enumerate(images))
+    args = SimpleNamespace(batch_size=batch_size, workers=0)
+    return fid.measure(dataset, net or Pixels(), args, torch.device("cpu"))
 
 
 def test_streaming_equals_numpy_and_any_batch_size():
     images = pictures(50, seed=4, size=16)
     features, logits = (t.double() for t in Pixels()(images))
-    one, many = summary(images, 50), summary(images, [7] * 7 + [1])
-    for sums in (one, many):
-        gaussian = sums.gaussian()
-        torch.testing.assert_close(gaussian.mean, features.mean(0), rtol=1e-12, atol=0)
+    one, many = summary(images, 50), summary(images, 7)  # in seven batches of 7, and one image
+    for stats in (one, many):
+        torch.testing.assert_close(stats["mu"], features.mean(0), rtol=1e-12, atol=0)
         wanted = torch.from_numpy(np.cov(features.numpy(), rowvar=False))
-        torch.testing.assert_close(gaussian.covariance, wanted, rtol=1e-9, atol=1e-9)
-        assert sums.count == sums.split_n.sum() == 50
+        torch.testing.assert_close(stats["sigma"], wanted, rtol=1e-9, atol=1e-9)
+        assert stats["n"] == 50
 
     scores, order = [], np.random.RandomState(2020).permutation(50)  # the definition, written out
     for k in range(10):
         p = logits[order[5 * k:5 * k + 5]].softmax(1)
         scores.append((p * (p / p.mean(0)).log()).sum(1).mean().exp().item())
-    for sums in (one, many):
-        assert sums.inception_score() == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+    for stats in (one, many):
+        assert (stats["IS"], stats["IS_std"]) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
+
+
+def test_splits_of_unequal_size_are_torch_fidelitys():
+    images = pictures(37, seed=7, size=16)  # splits of 3 and 4 images
+    logits, order = Pixels()(images)[1].double(), np.random.RandomState(2020).permutation(37)
+    scores = []
+    for k in range(10):
+        p = logits[order[k * 37 // 10:(k + 1) * 37 // 10]].softmax(1)
+        scores.append((p * (p / p.mean(0)).log()).sum(1).mean().exp().item())
+    stats = summary(images, 8)
+    assert (stats["IS"], stats["IS_std"]) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-9)
 
 
 def test_is_shuffles_images_that_lie_in_order_of_class():
@@ -261,8 +278,8 @@ def test_is_shuffles_images_that_lie_in_order_of_class():
             return torch.zeros(len(images), 12), 100 * F.one_hot(images[:, 0, 0, 0].long(), 7).float()
 
     images = torch.arange(700).div(100, rounding_mode="floor").byte().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    mean, _ = summary(images, 64, Certain()).inception_score()
-    assert 6.7 < mean <= 7  # seven classes, surely told apart: 7. Unshuffled, a split has one class or two
+    # Seven classes, surely told apart: 7. Unshuffled, a split has one class or two.
+    assert 6.7 < summary(images, 64, Certain())["IS"] <= 7
 
 
 def test_two_processes_equal_one(weights, tf1, folders, tmp, launch):
@@ -282,7 +299,8 @@ def test_images_and_codes_are_counted_once_under_two_processes(classifier, tmp, 
     images, model = pictures(25, seed=5, size=16), vq.VQModel(channels=(32, 32), z_dim=8, codebook_size=16)
     z = model.encoder(data.to_float(images, "cpu")).movedim(1, -1).flatten(0, -2)
     model.quantizer.codebook.data = z[::100].detach().clone()  # codes that are used
-    torch.save({"kind": "tokenizer", "config": model.config, "model": model.state_dict(), "ema": None,
+    config = {"channels": [32, 32], "z_dim": 8, "codebook_size": 16, "quantizer": "entropy"}
+    torch.save({"kind": "tokenizer", "config": config, "model": model.state_dict(), "ema": None,
                 "args": {"image_size": 16}}, tmp / "tokenizer.pt")
     flags = ["--real", write_npz(tmp / "count.npz", images), "--tokenizer", str(tmp / "tokenizer.pt"),
              "--features", classifier, "--device", "cpu", "--workers", "0", "--batch_size", "9"]
@@ -329,16 +347,16 @@ def test_npz_folder_and_compressed_npz_are_the_same(classifier, folders, tmp):
     assert first > 0 and others == pytest.approx([first, first], rel=1e-9)
 
 
-def test_features_print_fd_and_recognised_never_fid(classifier, folders, tmp, capsys):
+def test_features_print_fd_and_accuracy_never_fid(classifier, folders, tmp, capsys):
     images = pictures(N, seed=2, shift=12)
     with torch.no_grad():
-        labels = losses.load_vgg(classifier)(data.to_float(images, "cpu"), ("logit",))["logit"].argmax(1) // 2
+        labels = train_tokenizer.load_vgg(classifier)(data.to_float(images, "cpu"), ("logit",))["logit"].argmax(1) // 2
     assert len(labels.unique()) > 1
     labels[:5] = (labels[:5] + 1) % 3  # 5 of 20 asked for another class
     fake = write_npz(tmp / "labelled.npz", images, arr_1=labels.numpy())
     result = run(folders[0], fake, None, "--features", classifier)
     out, _ = capsys.readouterr()
-    assert result["recognised"] == 15 / 20 and "recognised 0.75" in out.splitlines()
+    assert result["accuracy"] == 15 / 20 and "accuracy 0.75" in out.splitlines()
     assert f"FD (features of {classifier}) {result['FD']:.2f}" in out.splitlines()
     assert "FID" not in out and "IS " not in out and "FID" not in result
 
@@ -346,7 +364,7 @@ def test_features_print_fd_and_recognised_never_fid(classifier, folders, tmp, ca
 def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, monkeypatch, capsys):
     """A tokenizer that keeps the grey of 4 x 4 pixels in four of its eight codes."""
     class Coarse(nn.Module):
-        config, f, image_size = {"codebook_size": 8}, 4, 32
+        quantizer, f, image_size = SimpleNamespace(K=8), 4, 32
 
         def encode(self, x):
             grey = F.avg_pool2d(x.mean(1, keepdim=True), 4)
@@ -357,7 +375,7 @@ def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, mon
             return F.interpolate(z_q, scale_factor=4).expand(-1, 3, -1, -1)
 
     tokenizer, images = Coarse(), pictures(12, seed=6, size=40)
-    monkeypatch.setattr(vq, "load_tokenizer", lambda path, device: tokenizer)
+    monkeypatch.setattr(train_tokenizer, "load_tokenizer", lambda path, device: tokenizer)
     real = write_pngs(tmp / "val", images)
     result = run(real, None, None, "--tokenizer", "ckpt.pt", "--features", classifier, "--batch_size", "5")
     lines = capsys.readouterr().out.splitlines()
@@ -367,7 +385,8 @@ def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, mon
     z_q, indices, _ = tokenizer.encode(x)
     x_hat = ((tokenizer.decode(z_q).clamp(-1, 1) + 1) * 127.5).round().byte()  # they are uint8 too
     net = fid.Classifier(classifier)
-    wanted = fid.frechet(*summary(cropped, 12, net).gaussian()[:2], *summary(x_hat, 12, net).gaussian()[:2])
+    a, b = summary(cropped, 12, net), summary(x_hat, 12, net)
+    wanted = fid.frechet(a["mu"], a["sigma"], b["mu"], b["sigma"])
     assert result["FD"] == pytest.approx(wanted, rel=1e-6)
     share = indices.flatten().bincount(minlength=8).double() / indices.numel()
     hit = int((share > 0).sum())
@@ -384,6 +403,38 @@ def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, mon
     assert result["real"] == "4 images of shapes val (32 x 32)"
 
 
+def test_reconstructions_are_decoded_in_parts_of_64(classifier, tmp, monkeypatch):
+    class Same(nn.Module):
+        quantizer, f, image_size, parts = SimpleNamespace(K=2), 1, 8, []
+
+        def encode(self, x):
+            return x, torch.zeros(len(x), 8, 8, dtype=torch.long), {}
+
+        def decode(self, z_q):
+            self.parts.append(len(z_q))
+            return z_q
+
+    monkeypatch.setattr(train_tokenizer, "load_tokenizer", lambda path, device: Same())
+    real = write_npz(tmp / "parts.npz", pictures(150, seed=8, size=8))
+    result = run(real, None, None, "--tokenizer", "ckpt.pt", "--features", classifier, "--batch_size", "130")
+    assert Same.parts == [64, 64, 2, 20] and result["FD"] < 1e-9 and result["codes_used"] == 1
+
+
+def test_samples_are_mapped_not_loaded(tmp):
+    """An image comes from its place in the file, wherever arr_0 lies in it; what moves to a worker is small."""
+    images = pictures(6, seed=9, size=32).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp / "first.npz", arr_0=images, arr_1=np.arange(6))
+    np.savez(tmp / "last.npz", arr_1=np.arange(6), other=np.ones(1000), arr_0=images)
+    np.savez(tmp / "fortran.npz", arr_0=np.asfortranarray(images))
+    np.savez_compressed(tmp / "small.npz", arr_0=images)
+    for name in ("first", "last", "fortran", "small"):
+        samples = fid.Samples(str(tmp / f"{name}.npz"))
+        assert all(np.array_equal(np.asarray(samples.load(i)), images[i]) for i in range(6))
+        assert isinstance(samples.array(), np.memmap) == (name != "small")
+        assert name == "small" or len(pickle.dumps(samples)) < 3000
+    assert [fid.Samples(str(tmp / "last.npz")).label(i) for i in range(6)] == list(range(6))
+
+
 def test_n_draws_from_all_classes_without_replacement():
     images = fid.Images("shapes", 8, "train", 100)  # label(i) = i % 10: every 200th would be of one class
     assert len(images) == len(set(images.index.tolist())) == 100
@@ -398,7 +449,9 @@ def test_shapes_and_the_split(classifier, tmp, capsys):
     run("shapes", None, None, *flags, "--save", str(tmp / "train.npz"))
     run("shapes", None, None, *flags, "--save", str(tmp / "val.npz"), "--split", "val")
     assert run(str(tmp / "train.npz"), "shapes", None, *flags)["FD"] < 1e-6  # train is the default
-    assert run(str(tmp / "train.npz"), "shapes", None, *flags, "--split", "val")["FD"] > 1e-3
+    more = ("--split", "val", "--json", str(tmp / "new" / "folder" / "val.json"))
+    assert run(str(tmp / "train.npz"), "shapes", None, *flags, *more)["FD"] > 1e-3
+    assert (tmp / "new" / "folder" / "val.json").exists()
     assert "12 images of shapes val (16 x 16)" in capsys.readouterr().out
 
 
@@ -426,20 +479,25 @@ def test_bad_images(classifier, tmp_path, workers):
     refuse("unreadable image", good, broken, None, *more)
     refuse("0003.png", broken, good, None, *more, "--image_size", "16")
     refuse("1 image(s)", write_pngs(tmp_path / "one", pictures(1, seed=0, size=16)), good, None, *more)
-    refuse("only 4 images", good, mixed, None, *more, "--n", "5")
+    refuse("only 4 image(s)", good, mixed, None, *more, "--n", "5")
     refuse("--image_size", "shapes", good, None, *more)
     refuse("smaller than the crop", good, mixed, None, *more, "--image_size", "64")
 
 
-def test_an_image_that_fails_once_stops_the_run(folders, classifier):
-    class Flaky(fid.Images):
-        def __getitem__(self, j):
-            pixels, label, _ = super().__getitem__(j)
-            return pixels, label, -1 - j if j == 3 else j
+def test_an_image_that_fails_once_stops_the_run(folders, classifier, monkeypatch):
+    images, calls = fid.Images(folders[0]), []
+    load = images.source.load
 
+    def flaky(i, at_least=0):
+        calls.append(i)
+        if calls.count(3) == 1 and i == 3:
+            raise data.Unreadable("0003.png (OSError: the disk was busy)")
+        return load(i, at_least)
+
+    monkeypatch.setattr(images.source, "load", flaky)
     net, args = fid.Classifier(classifier), SimpleNamespace(batch_size=8, workers=0)
-    with pytest.raises(BadInput, match="second try"):
-        fid.measure(Flaky(folders[0]), net, args, torch.device("cpu"))
+    with pytest.raises(BadInput, match="unreadable image.*0003.png"):
+        fid.measure(images, net, args, torch.device("cpu"))
 
 
 def test_bad_npz(classifier, folders, tmp_path):
@@ -452,12 +510,12 @@ def test_bad_npz(classifier, folders, tmp_path):
 
     good = np.zeros((4, 8, 8, 3), np.uint8)
     refused("float32", arr_0=good.astype(np.float32))
-    refused("pickled", arr_0=np.array([{}, None], dtype=object))
+    refused("arr_0 is object", arr_0=np.array([{}, None], dtype=object))
     refused("(4, 3, 8, 8)", arr_0=good.transpose(0, 3, 1, 2))
     refused("arr_1", arr_0=good, arr_1=np.zeros(3, int))
     refused("Object arrays", arr_0=good, arr_1=np.array([{}] * 4, dtype=object))
     refused("neither samples", images=good)
-    refused("covariance needs two", arr_0=good[:1])
+    refused("two at least for a covariance", arr_0=good[:1])
     path = file(arr_0=good)
     Path(path).write_bytes(Path(path).read_bytes()[:-100])
     refuse("neither samples", folders[0], path, None, "--features", classifier)
@@ -491,7 +549,7 @@ def test_bad_weight_files(weights, folders, tmp_path, monkeypatch):
         refuse(words, *folders, str(tmp_path / "w.pth"))
 
     torchvisions = tv.Inception3(init_weights=False).state_dict()  # 1000 classes and an auxiliary head
-    refused("torchvision's Inception", lambda path: torch.save(torchvisions, path))
+    refused("torch.Size([1008])", lambda path: torch.save(torchvisions, path))
     refused("layout", lambda path: torch.save({"fc.weight": torch.zeros(1008, 2048)}, path))
     refused("layout", lambda path: torch.save([1, 2], path))
     refused("damaged", lambda path: path.write_bytes(Path(weights).read_bytes()[:100_000]))
@@ -507,10 +565,11 @@ def test_bad_weight_files(weights, folders, tmp_path, monkeypatch):
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    refuse("could not be downloaded (Network is unreachable): fetch https://github.com/mseitzer/", *folders)
-    assert calls == [((fid.URL, str(tmp_path / "checkpoints" / fid.WEIGHTS)), {"hash_prefix": "6726825d"})]
+    refuse("no download: fetch https://github.com/mseitzer/", *folders)
+    refuse("--inception: Network is unreachable", *folders)
+    assert calls[0][0] == (fid.URL, str(tmp_path / "checkpoints" / fid.WEIGHTS), "6726825d")
     (tmp_path / "checkpoints" / fid.WEIGHTS).write_bytes(b"half of a file")
-    refuse("is damaged; delete it", *folders)
+    refuse("is damaged", *folders)
 
 
 def test_weights_that_give_nan_are_refused():
@@ -528,9 +587,9 @@ def test_weights_that_give_nan_are_refused():
     (["--real", "A"], "nothing to do"),
     (["--fake", "B"], "--real"),
     (["--real", "A", "--fake", "B", "--inceptoin", "W"], "--inceptoin"),
-    (["--real", "A", "--fake", "B", "--features", "F", "--resize", "tf1"], "Inception's place"),
+    (["--real", "A", "--fake", "B", "--features", "F", "--resize", "tf1"], "do not go with --features"),
     (["--real", "A", "--fake", "B", "--split", "val"], "--split"),
-    (["--real", "A", "--fake", "B", "--json", "nowhere/result.json"], "no such folder"),
+    (["--real", "shapes", "--fake", "B"], "need an --image_size"),
     (["--real", "A", "--save", "stats.pt"], ".npz"),
     (["--real", "A", "--fake", "B", "--image_size", "0"], "--image_size"),
 ])

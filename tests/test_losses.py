@@ -10,6 +10,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import losses
 from losses import LAYERS, LOW, SEM, Discriminator, PerceptualLoss
 from runtime import BadInput
+from train_tokenizer import load_vgg
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def vgg_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def net(vgg_file):
-    return losses.load_vgg(str(vgg_file))
+    return load_vgg(str(vgg_file))
 
 
 def test_layers_are_torchvisions(net, vgg_file):
@@ -43,7 +44,7 @@ def test_layers_are_torchvisions(net, vgg_file):
 
 
 def test_equation_4(vgg):
-    net = losses.load_vgg(str(vgg))
+    net = load_vgg(str(vgg))
     torch.manual_seed(0)
     x, x_hat = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     at = {a: PerceptualLoss(net, a)(x_hat, x)[0] for a in (0.0, 0.3, 1.0)}
@@ -58,6 +59,7 @@ def test_equation_4(vgg):
         value, shares = PerceptualLoss(net, layers=layers)(x_hat, x)
         assert float(value) == pytest.approx(sum(term[l].item() for l in layers), rel=1e-5), name
         assert set(shares) == set(layers)
+        assert all(float(shares[l]) == pytest.approx(term[l].item(), rel=1e-5) for l in layers)
 
 
 @pytest.mark.parametrize("alpha, runs, kept", [(0.0, False, set(LOW)), (1.0, True, set(SEM)), (0.5, True, set(LAYERS))])
@@ -74,6 +76,48 @@ def test_only_what_alpha_needs_is_computed(net, alpha, runs, kept):
     net(x, ("relu2_2",))
     hook.remove()
     assert not depth
+    small = losses.SmallVGG([8] * 5, 10)
+    small.stages[2].register_forward_hook(lambda *_: depth.append(1))
+    small.classifier.register_forward_hook(lambda *_: calls.append(1))
+    del calls[:]
+    assert set(small(x, ("relu2_2",))) == {"relu2_2"} and not depth
+    assert set(small(x, LOW)) == set(LOW) and depth and not calls
+
+
+def test_a_network_halves_as_often_as_it_says(net):
+    small = losses.SmallVGG([8] * 5, 10)
+    assert small(torch.rand(2, 3, 16, 16), ("penultimate", "logit"))["penultimate"].shape == (2, 8)
+    for network in (net, small):
+        side = 2 ** network.halvings
+        assert len(network(torch.rand(2, 3, side, side), ("logit",))["logit"]) == 2
+        with pytest.raises(RuntimeError, match="too small"):  # a size of 0
+            network(torch.rand(2, 3, side // 2, side // 2), ("logit",))
+
+
+class Colours(torch.nn.Module):
+    """Somebody's own network, with the interface that losses.py describes and no more."""
+
+    halvings = 0
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(3.0))
+        self.register_buffer("mean_square", torch.tensor([1.0, 1, 1, 1, 2, 4]))
+
+    def forward(self, x, layers):
+        return {layer: (1 + LAYERS.index(layer)) * self.factor * x for layer in layers}
+
+
+def test_another_network_can_stand_in():
+    torch.manual_seed(0)
+    x, x_hat = torch.rand(2, 2, 3, 8, 8)
+    mse = F.mse_loss(x_hat, x).item()
+    for alpha, low, sem in ((0, 1, 0), (1, 0, 1), (0.25, 0.75, 0.25)):
+        loss, shares = PerceptualLoss(Colours(), alpha)(x_hat, x)
+        term = {l: 9 * (i + 1) ** 2 * mse / d for i, (l, d) in enumerate(zip(LAYERS, (1, 1, 1, 1, 2, 4)))}
+        by_hand = low * sum(term[l] for l in LOW) + sem * sum(term[l] for l in SEM)
+        assert loss.item() == pytest.approx(by_hand, rel=1e-5)
+        assert {l: v.item() for l, v in shares.items()} == pytest.approx({l: term[l] for l in shares}, rel=1e-5)
 
 
 def test_frozen_in_eval_and_deterministic(net):
@@ -95,23 +139,33 @@ def test_alpha_outside_is_refused(net):
         PerceptualLoss(net, 1.5)
 
 
-def test_missing_or_wrong_weights_are_refused(tmp_path, monkeypatch, vgg_file, capsys):
+def test_missing_or_wrong_weights_are_refused(tmp_path, monkeypatch, vgg, vgg_file, capsys):
     with pytest.raises(BadInput, match="no such file"):
-        losses.load_vgg(str(tmp_path / "none.pth"))
+        load_vgg(str(tmp_path / "none.pth"))
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     with pytest.raises(BadInput, match="damaged"):
-        losses.load_vgg(str(tmp_path / "bad.pth"))
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(BadInput, match="layout"):
-        losses.load_vgg(str(tmp_path / "other.pth"))
+        load_vgg(str(tmp_path / "bad.pth"))
+    state = torch.load(vgg, weights_only=True)
+    cut = {name: value for name, value in state["model"].items() if name != "mean_square"}
+    for foreign in ({"a": torch.zeros(1)}, torch.zeros(1), state | {"model": cut}, state | {"config": {}}):
+        torch.save(foreign, tmp_path / "other.pth")
+        with pytest.raises(BadInput, match="other.pth is neither a copy of vgg16-397923af.pth nor a checkpoint of"):
+            load_vgg(str(tmp_path / "other.pth"))
+    torch.save(state | {"kind": "prior"}, tmp_path / "prior.pt")
+    with pytest.raises(BadInput, match="holds a prior checkpoint"):
+        load_vgg(str(tmp_path / "prior.pt"))
 
     def offline(self, **_):
         raise OSError("network is unreachable")
     monkeypatch.setattr(type(losses.torchvision.models.VGG16_Weights.IMAGENET1K_V1), "get_state_dict", offline)
     with pytest.raises(BadInput, match=r"download.pytorch.org.*vgg16-397923af.pth.*--vgg FILE"):
-        losses.load_vgg("imagenet")
-    losses.load_vgg(str(vgg_file))
+        load_vgg("imagenet")
+    capsys.readouterr()
+    load_vgg(str(vgg_file))
     assert "is not torchvision's" in capsys.readouterr().out  # random weights in the right layout do not pass unsaid
+    for name, value in load_vgg(str(vgg)).state_dict().items():
+        assert torch.equal(value, state["model"][name])
+    assert capsys.readouterr().out == ""
 
 
 def test_discriminator_size():

@@ -1,22 +1,24 @@
 """train_tokenizer.py and train_vgg.py through their command lines: both phases, resume, processes, bad input."""
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
 
+import codebooks
 import data
 import losses
 import runtime
 import train_tokenizer
 import vq
+from miniature.shapes import Shapes, draw
 from runtime import BadInput
+from train_tokenizer import fingerprint, load_tokenizer
 
 # Tiny, but all parts are at work: discriminator, R1, entropy term, deep and shallow layers.
 TINY = ["--image_size", 16, "--channels", 16, 16, "--z_dim", 8, "--codebook_size", 16, "--disc_channels", 8, 8,
@@ -47,14 +49,14 @@ def same(a, b):
     return a == b
 
 
-WEIGHTS = ("model", "disc", "opt_g", "opt_d", "ema", "ema_state", "step")
+WEIGHTS = ("model", "disc", "opt_g", "opt_d", "ema", "step")
 
 
 def test_both_phases(train, tmp_path, vgg, script):
     one = train()
     assert one["step"] == 6 and one["config"]["attention"] == 0
     words = ["--phase", 2, "--init", tmp_path / "run" / "ckpt.pt", "--vgg", vgg, "--out", tmp_path / "two",
-                   "--iters", 3, "--batch_size", 8, "--workers", 0, "--val_n", 10, "--log_every", 1, "--device", "cpu"]
+             "--iters", 3, "--batch_size", 8, "--workers", 0, "--val_n", 10, "--log_every", 1, "--device", "cpu"]
     script("train_tokenizer", *words)
     two = torch.load(tmp_path / "two" / "ckpt.pt", weights_only=True)
     assert two["args"]["lr"] == two["args"]["lr_end"] == 5e-5 and two["args"]["betas"] == [0.5, 0.9]
@@ -62,11 +64,11 @@ def test_both_phases(train, tmp_path, vgg, script):
     for name, value in one["model"].items():
         moved = not torch.equal(value, two["model"][name])
         assert moved == name.startswith("decoder."), name  # encoder and codebook bitwise as they were
-    a, b = (vq.load_tokenizer(tmp_path / run / "ckpt.pt") for run in ("run", "two"))
-    assert vq.fingerprint(a) == vq.fingerprint(b) and a.image_size == b.image_size == 16
+    a, b = (load_tokenizer(tmp_path / run / "ckpt.pt") for run in ("run", "two"))
+    assert fingerprint(a) == fingerprint(b) and a.image_size == b.image_size == 16
     assert set(lines(tmp_path / "two", "train")[0]) & {"codebook", "logit"} == {"codebook"}  # alpha 0: no logits
     for picture in (tmp_path / "run" / "samples").iterdir():
-        assert Image.open(picture).size[0] == 8 * 18 - 2
+        assert Image.open(picture).size[0] == 8 * 18 + 2
     # the discriminator's weights are carried over, its Adam starts afresh
     assert two["opt_d"]["state"][0]["step"] == 3
 
@@ -91,14 +93,22 @@ def test_recomputed_activations_change_nothing_but_memory(train):
     assert kept[1] < kept[0] / 3
 
 
-def test_phase_2_begins_at_phase_1s_reconstructions(train, tmp_path):
-    init = train()
-    args = type("A", (), {"init": "x"})
-    model = vq.VQModel(**{**init["config"], "attention": 1})
-    train_tokenizer.load_init(model, None, init, args)
-    x = torch.rand(2, 3, 16, 16) * 2 - 1
-    model = model.eval().to(memory_format=torch.channels_last)
-    assert torch.equal(model(x)[0], vq.load_tokenizer(tmp_path / "run" / "ckpt.pt")(x)[0])
+def test_phase_2_begins_at_phase_1s_reconstructions(train, tmp_path, monkeypatch):
+    one = train()
+    phase1 = load_tokenizer(tmp_path / "run" / "ckpt.pt")
+
+    class Begun(Exception):
+        pass
+
+    def begin(model, disc, perceptual, xs, *rest):
+        assert any(isinstance(part, vq.BlockAttention) for part in model.decoder.modules())
+        assert torch.equal(model(xs[0])[0], phase1(xs[0])[0]) and same(dict(disc.state_dict()), dict(one["disc"]))
+        raise Begun
+    monkeypatch.setattr(train_tokenizer, "tokenizer_step", begin)
+    shape = TINY.index("--iters")  # phase 2 has it from the checkpoint
+    monkeypatch.setattr(sys.modules[__name__], "TINY", ["--image_size", 16, *TINY[shape:]])
+    with pytest.raises(Begun):
+        train("--phase", 2, "--init", tmp_path / "run" / "ckpt.pt", out="two")
 
 
 def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, monkeypatch):
@@ -109,12 +119,12 @@ def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, mon
         discs.append(make(*args))
         return discs[-1]
 
-    def watch(self, optimizer):
+    def watch(self, optimizer, lr):
         if len(seen) % 2 == 0:  # the generator's turn: its loss went through the discriminator and left no gradient
             assert all(p.grad is None for p in discs[-1].parameters())
         params = [p for group in optimizer.param_groups for p in group["params"]]
         seen.append((len(params), all(p.grad is not None for p in params)))
-        return step(self, optimizer)
+        return step(self, optimizer, lr)
     monkeypatch.setattr(runtime.Guard, "step", watch)
     monkeypatch.setattr(losses, "Discriminator", remember)
     state = train()
@@ -132,7 +142,7 @@ def test_the_generators_step_leaves_the_discriminator_alone(train, tmp_path, mon
 @pytest.mark.parametrize("codebook", ["none", "kmeans", "factorized"])
 def test_table_5s_codebooks_train(train, codebook):
     state = train("--codebook", codebook)
-    assert state["config"]["codebook"] == codebook
+    assert state["config"]["quantizer"] == codebook
     for value in state["model"].values():
         assert value.float().isfinite().all()
 
@@ -143,8 +153,10 @@ def test_table_1s_and_6s_variants_train(train, tmp_path):
     assert state["config"]["attention"] == 2 and state["config"]["extra_blocks"] == 2
     assert {"relu4_3", "logit"} <= set(lines(tmp_path / "run", "train")[0])
     assert "relu1_2" not in lines(tmp_path / "run", "val")[0]
-    assert state["ema"] and not same(state["ema"], state["model"])
-    assert same(vq.load_tokenizer(tmp_path / "run" / "ckpt.pt").state_dict(), state["ema"])
+    assert same(load_tokenizer(tmp_path / "run" / "ckpt.pt").state_dict(), state["ema"])
+    # the average is there once, and is not what it averages
+    assert set(state) == {"kind", "args", "step", "torch", "config", *WEIGHTS}
+    assert not same(state["ema"], state["model"]) and state["ema"].keys() == state["model"].keys()
 
 
 def test_tensorboard_gets_the_same_figures(train, tmp_path):
@@ -157,33 +169,63 @@ def test_tensorboard_gets_the_same_figures(train, tmp_path):
     assert [e.value for e in events.Scalars("train/l1")] == pytest.approx(logged, rel=1e-5)
 
 
-@pytest.mark.parametrize("start", [0, 4])  # 4: stopped while nothing is quantized yet
-def test_a_resumed_run_is_the_undisturbed_run(train, monkeypatch, start):
-    whole = train("--ema", 0.9, "--vq_start", start, out="whole")
-    stopping = runtime.Run.stopping
-    calls = iter([False, False, True] + [False] * 9)
-    monkeypatch.setattr(runtime.Run, "stopping", lambda self: next(calls))
-    assert train("--ema", 0.9, "--vq_start", start, out="parts")["step"] == 3
-    monkeypatch.setattr(runtime.Run, "stopping", stopping)
-    parts = train("--ema", 0.9, "--vq_start", start, "--resume", out="parts")
+@pytest.mark.parametrize("words, stops", [
+    ([], [3]), (["--vq_start", 4], [3, 4]),  # stopped while nothing is quantized, and where the codes begin
+    (["--codebook", "kmeans"], [3]), (["--phase", 2], [3])])
+def test_a_resumed_run_is_the_undisturbed_run(train, tmp_path, signal_in, words, stops):
+    if "--phase" in words:
+        train("--ema", 0.9, out="one")
+        words = [*words, "--init", tmp_path / "one" / "ckpt.pt"]
+    if "kmeans" not in words:
+        words = [*words, "--ema", 0.9]
+    whole = train(*words, out="whole")
+    for step in stops:
+        signal_in(step)
+        assert train(*words, "--resume", out="parts")["step"] == step
+    signal_in(None)
+    parts = train(*words, "--resume", out="parts")
     assert all(same(whole[k], parts[k]) for k in WEIGHTS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_resumes_exactly(train, vgg, tmp_path, number):
-    whole = train("--iters", 80, "--log_every", 10, out="whole")
+def test_codes_begin_at_kmeans_after_steps_without_quantization(train, tmp_path, monkeypatch):
+    start_codes, begun = train_tokenizer.start_codes, []
+
+    def watch(model, x, args):
+        assert 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
+        start_codes(model, x, args)
+        z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
+        assert torch.equal(model.quantizer.codebook, codebooks.kmeans(z, 16, seed=0))
+        begun.append(x)
+    monkeypatch.setattr(train_tokenizer, "start_codes", watch)
+    train("--vq_start", 4)
+    assert len(begun) == 1 and ["H" in line for line in lines(tmp_path / "run", "train")] == [False] * 4 + [True] * 2
+
+    model, x = vq.VQModel((16, 16), 8, 16), begun[0]
+    args = Namespace(phase=1, dtype="fp32", l1_weight=1, perceptual_weight=1, vq_weight=1)
+    for quantize in (False, True):
+        x_hat, = train_tokenizer.tokenizer_step(model, None, lambda x_hat, x: (x_hat.sum() * 0, {}), [x], args, 0,
+                                                quantize, runtime.Averages())
+        assert torch.equal(x_hat, model.decode(model.encoder(x))) != quantize
+        assert (model.quantizer.codebook.grad is not None) == quantize
+
+
+# a second Ctrl-C, from someone who waits, changes nothing
+@pytest.mark.parametrize("number, times", [(signal.SIGTERM, 1), (signal.SIGINT, 3)])
+def test_a_signal_saves_and_resumes_exactly(train, vgg, tmp_path, number, times):
+    whole = train("--iters", 60, "--log_every", 10, out="whole")
     words = [sys.executable, ROOT / "train_tokenizer.py", *TINY, "--vgg", vgg, "--out", tmp_path / "cut",
-             "--iters", 80, "--log_every", 10, "--workers", 2, "--resume"]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True)
+             "--iters", 60, "--log_every", 10, "--workers", 2, "--resume"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step 10/"):
-            process.send_signal(number)
+            for _ in range(times):
+                process.send_signal(number)
             break
-    rest = process.stdout.read()
-    assert process.wait(60) == 0 and "stopped by a signal" in rest
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by a signal" in rest and error == ""
     cut = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
-    assert 10 <= cut["step"] < 80
-    train("--iters", 80, "--log_every", 10, "--resume", out="cut")
+    assert 10 <= cut["step"] < 60
+    train("--iters", 60, "--log_every", 10, "--resume", out="cut")
     cut = torch.load(tmp_path / "cut" / "ckpt.pt", weights_only=True)
     assert all(same(whole[k], cut[k]) for k in WEIGHTS)
     a, b = lines(tmp_path / "whole", "train"), lines(tmp_path / "cut", "train")
@@ -194,7 +236,8 @@ def test_two_processes_equal_one(launch, vgg, tmp_path):
     # fp32 sums in another order, amplified by Adam's first steps (g / |g|): a small rate keeps the losses comparable
     words = ["train_tokenizer.py", *TINY, "--vgg", vgg, "--iters", 4, "--lr", 1e-5, "--lr_end", 1e-5]
     launch([*words, "--out", tmp_path / "one"])
-    launch([*words, "--out", tmp_path / "two"], processes=2)
+    told = launch([*words, "--out", tmp_path / "two"], processes=2).stdout
+    assert told.count("NO --data") == 1  # by one of them
     a, b = lines(tmp_path / "one", "train"), lines(tmp_path / "two", "train")
     assert len(a) == len(b) == 4
     for x, y in zip(a, b):
@@ -233,13 +276,13 @@ def test_gradients_of_two_processes_equal_one(tmp_path, launch, vgg):
     # the entropy term is of the global batch: with gamma 1 its gradient leads
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
+import argparse, sys; sys.path.insert(0, {str(ROOT)!r})
 import torch, runtime, vq
-runtime.setup("cpu")
+runtime.setup(argparse.Namespace(device="cpu"))
 torch.manual_seed(0)
 model = vq.VQModel((16, 16), 8, 16, gamma=1.0)
 model.quantizer.codebook.data.normal_()
-model.quantizer.sync = runtime.mean_over_processes
+model.quantizer.mean = runtime.mean_over_processes
 x = torch.randn(8, 3, 16, 16)
 share = x.chunk(runtime.world())[runtime.rank()]
 x_hat, _, q = model(share)
@@ -256,44 +299,62 @@ runtime.run(lambda: None)  # leaves the process group
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.abs().max().item())
 
 
-@pytest.mark.parametrize("codebook, start", [("kmeans", ""), ("factorized", ""), ("entropy", "kmeans")])
-def test_codebooks_survive_processes(tmp_path, launch, codebook, start):
+def test_codebooks_survive_processes(tmp_path, launch):
+    """Every process has the same codes, which are one process's: re-clustered, learned, started at K-means."""
     probe = tmp_path / "probe.py"
     probe.write_text(f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-import torch, runtime, vq
-runtime.setup("cpu")
-torch.manual_seed(0)
-q = vq.Quantizer({codebook!r}, 16, 8)
-q.sync, q.gather, q.KMEANS_EVERY, q.start = runtime.mean_over_processes, runtime.gather_rows, 2, {start!r}
-for step in range(6):
-    torch.manual_seed(step)
-    z = torch.randn(8, 8, 4, 4).chunk(runtime.world())[runtime.rank()]
-    q(z)
-mine = q.codebook.detach().flatten()
-every = runtime.gather_rows(mine[None])
-assert (every == every[0]).all()
+import argparse, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, runtime, train_tokenizer, vq
+runtime.setup(argparse.Namespace(device="cpu"))
+kept = []
+for codebook in ("kmeans", "factorized", "entropy"):
+    torch.manual_seed(0)
+    model = vq.VQModel((16, 16), 8, 16, quantizer=train_tokenizer.CODEBOOKS[codebook])
+    q, optimizer = model.quantizer, torch.optim.SGD(model.quantizer.parameters(), 1.0)
+    q.mean, q.gather, q.EVERY = runtime.mean_over_processes, runtime.gather_rows, 2
+    for step in range(6):
+        torch.manual_seed(step)
+        share = torch.randn(8, 3, 8, 8).chunk(runtime.world())[runtime.rank()]
+        if codebook == "entropy" and not step:
+            train_tokenizer.start_codes(model, share, argparse.Namespace(dtype="fp32"))
+        model.encode(share)[2]["vq"].backward()
+        runtime.average_gradients(list(q.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+    mine = q.codebook.detach().flatten()
+    every = runtime.gather_rows(mine[None])
+    assert (every == every[0]).all(), codebook
+    kept.append(mine)
 if runtime.is_main():
-    torch.save(mine, sys.argv[1])
+    torch.save(kept, sys.argv[1])
 runtime.run(lambda: None)  # leaves the process group
 """)
     launch([probe, tmp_path / "one.pt"])
     launch([probe, tmp_path / "two.pt"], processes=2)
-    assert torch.allclose(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), atol=1e-5)
+    for one, two in zip(torch.load(tmp_path / "one.pt"), torch.load(tmp_path / "two.pt"), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
 
 
 def test_photographs_of_all_kinds(train, photos, tmp_path, capsys):
     train("--data", photos, "--val", photos, "--crop", "resized")
-    assert lines(tmp_path / "run", "val")[0]["l1"] > 0
+    assert lines(tmp_path / "run", "val")[0]["l1"] > 0 and "NO --data" not in capsys.readouterr().out
     train("--data", photos, out="noval")
     assert "no --val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, told", [([], 1), (["--data", "shapes"], 0)])
+def test_drawn_pictures_are_announced_unless_asked_for(train, capsys, words, told):
+    state = train("--iters", 1, *words)
+    out = capsys.readouterr().out
+    assert out.count("NO --data: TRAINING ON DRAWN PICTURES") == told and "no --val" not in out
+    assert state["args"]["data"] == "shapes"  # so that both resume each other
 
 
 def test_unreadable_validation_images_are_named_and_left_out(train, tmp_path, capsys):
     folder = tmp_path / "val"
     folder.mkdir()
     for i in range(120):
-        data.draw(i, i % 10, 16).save(folder / f"{i:03}.png")
+        draw(i, i % 10, 16).save(folder / f"{i:03}.png")
     (folder / "000.png").write_bytes(b"")
     train("--val", folder, "--val_n", 0, "--batch_size", 8)  # batches of 8, one of them with seven
     assert "000.png" in capsys.readouterr().out
@@ -348,17 +409,20 @@ def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "empty").mkdir()
     for words, message in [
-            (["--alpha", 1.5], "outside its range"), (["--image_size", 17], "multiple of 2"),
+            (["--alpha", 1.5], "at most 1"), (["--image_size", 17], "multiple of 2"),
             (["--batch_size", 7, "--accum", 2], "not divisible"), (["--data", tmp_path / "none"], "no such folder"),
             (["--data", tmp_path / "empty"], "holds no images"), (["--phase", 2], "needs --init"),
-            (["--vq_start", 2, "--codebook", "kmeans"], "has no start"),
+            (["--vq_start", 2, "--codebook", "kmeans"], "--vq_start goes with"),
+            (["--vq_start", 2, "--codebook", "factorized"], "--vq_start goes with"),
+            (["--vq_start", 2, "--init", good], "--vq_start goes with"),
+            (["--ema", 0.9, "--codebook", "kmeans"], "--ema does not go with"),
             (["--data", photos, "--image_size", 256], "smaller than the crop"),
             (["--phase", 2, "--init", good, "--z_dim", 16], "not the shape of --init"),
             (["--phase", 2, "--init", good, "--disc_channels", 4, 8], "is not the shape of --init"),
             (["--init", tmp_path / "cut.pt"], "damaged"), (["--init", vgg], "holds a vgg checkpoint"),
             (["--init", tmp_path / "none.pt"], "no such file"), (["--vgg", tmp_path / "none.pt"], "no such file"),
             (["--vgg", good], "holds a tokenizer checkpoint"), (["--channels", 20, 30], "multiple of 16"),
-            (["--codebook_size", 70000], "65536"), (["--ema", 1], "outside")]:
+            (["--codebook_size", 70000], "65536"), (["--ema", 1], "at most 0.99")]:
         with pytest.raises(BadInput, match=message) as error:
             train(*words, out="fresh")
         assert "\n" not in str(error.value)
@@ -373,20 +437,25 @@ def test_a_refusal_is_one_line_and_exit_code_2(launch, tmp_path):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("train_tokenizer.py: --phase 2 needs --init")
 
 
-def test_train_vgg(script, photos, tmp_path, monkeypatch):
+def test_train_vgg(script, launch, photos, tmp_path, monkeypatch, capsys):
     words = ["--image_size", 16, "--widths", 8, 8, 8, 8, 8, "--batch_size", 16, "--workers", 0, "--log_every", 5,
              "--device", "cpu"]
-    monkeypatch.setattr(data.Shapes, "SIZES", {"train": 100, "val": 20})
-    script("train_vgg", *words, "--labels", "fine", "--iters", 10, "--out", tmp_path / "fine")
-    net = losses.load_vgg(str(tmp_path / "fine" / "ckpt.pt"))
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 100, "val": 20})
+    script("train_vgg", *words, "--labels", "fine", "--iters", 10, "--data", "shapes",
+           "--out", tmp_path / "fine")
+    assert "NO --data" not in capsys.readouterr().out
+    net = train_tokenizer.load_vgg(str(tmp_path / "fine" / "ckpt.pt"))
     assert net.config["classes"] == 60 and not net.training
     assert (net.mean_square != 1).all() and net.mean_square.isfinite().all()
-    x = data.to_float(torch.stack([data.EvalImages(data.Shapes(), 16)[i][0] for i in range(100)]), torch.device("cpu"))
+    x = data.to_float(torch.stack([data.EvalImages(Shapes(), 16)[i][0] for i in range(100)]), torch.device("cpu"))
     features = net(x, losses.LAYERS)
     for i, layer in enumerate(losses.LAYERS):  # after the division a layer's mean square is 1
         assert features[layer].square().mean().item() == pytest.approx(net.mean_square[i].item(), rel=0.2)
     script("train_vgg", *words, "--data", photos, "--val", photos, "--iters", 5, "--out", tmp_path / "photos")
     assert lines(tmp_path / "photos", "val")[0]["accuracy"] >= 0
+    # as a command, from any directory: its imports are found
+    launch(["miniature/train_vgg.py", *words, "--iters", 1, "--out", "here"], cwd=tmp_path)
+    assert lines(tmp_path / "here", "val")[0]["accuracy"] >= 0
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (32, 32)).save(flat / "a.png")
@@ -394,19 +463,3 @@ def test_train_vgg(script, photos, tmp_path, monkeypatch):
                            (["--data", photos, "--labels", "fine"], "for --data shapes")]:
         with pytest.raises(BadInput, match=message):
             script("train_vgg", *words, *wrong, "--out", tmp_path / "x")
-
-
-def test_no_traceback_when_killed_at_once(vgg, tmp_path):
-    """Two Ctrl-C: the second ends the run at once; the folder can be used again."""
-    words = [sys.executable, ROOT / "train_tokenizer.py", *TINY, "--vgg", vgg, "--out", tmp_path / "cut",
-             "--iters", 5000, "--resume"]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    os.kill(process.pid, signal.SIGINT)
-    for _ in range(20):
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGINT)
-        time.sleep(0.05)
-    assert process.wait(60) in (0, -signal.SIGINT)
-    assert process.stderr.read() == ""

@@ -3,6 +3,7 @@ import itertools
 import math
 import runpy
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 
 import transformer
-from transformer import Transformer, draw_mask, maskgit, sample, uniforms
+from transformer import Transformer, draw_mask, keys, maskgit, mix, sample, uniforms
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +200,7 @@ def test_loss_against_a_formula_by_hand():
 
 def test_masks_follow_the_cosine_and_never_are_empty():
     N, n = 16, 20000
-    u = uniforms(0, range(n), N + 1)
+    u = uniforms(keys(0, range(n), "cpu"), -1, N + 1)
     mask = draw_mask(u[:, 0], u[:, 1:])
     sizes = mask.sum(1)
     # P(ceil(N cos(pi r / 2)) <= m) = 1 - (2 / pi) arccos(m / N)
@@ -239,6 +240,74 @@ def test_labels_are_dropped_at_the_rate_asked_for():
     assert stats.binomtest(int((labels == 2).sum()), n, 0.1).pvalue > 1e-3
 
 
+# ---------------------------------------------------------------- random numbers
+
+WORD = 2**64 - 1
+
+
+def mix64(x):
+    """SplitMix64's finaliser as it is published, in Python's integers."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & WORD
+    return x ^ (x >> 31)
+
+
+def uniform64(seed, sample, place, number):
+    """keys and uniforms in Python's integers: a multiple of 2^-24."""
+    golden = 0x9E3779B97F4A7C15
+    key = mix64(mix64(sample + golden & WORD) ^ mix64(seed & WORD))
+    return ((mix64(mix64(key + place & WORD) + golden * (number + 1) & WORD) >> 41) + 0.5) / 2**23
+
+
+def test_mix_is_splitmix64():
+    # the first numbers of the published generator, seeded with 1234567
+    state = 1234567 + transformer.GOLDEN * torch.arange(1, 6)
+    assert [x & WORD for x in mix(state).tolist()] == [
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    some = torch.from_numpy(np.random.default_rng(0).integers(-2**63, 2**63, 10_000))
+    some[:6] = torch.tensor([0, 1, -1, -2**63, 2**63 - 1, 2**33])
+    assert [x & WORD for x in mix(some).tolist()] == [mix64(x & WORD) for x in some.tolist()]
+
+
+def test_uniforms_equal_a_slow_reference():
+    samples = [0, 1, 2, 5, 2**31, 2**40]
+    for seed in (0, 1, 2**32 + 7):
+        key = keys(seed, samples, "cpu")
+        assert key.dtype == torch.int64 and torch.equal(key, keys(seed, np.array(samples), torch.device("cpu")))
+        for place in (-1, 0, 1, 255, 100_000):
+            u = uniforms(key, place, 7)
+            assert u.dtype == torch.float32 and u.tolist() == [
+                [uniform64(seed, sample, place, k) for k in range(7)] for sample in samples]
+            assert torch.equal(uniforms(key, torch.tensor([place]), 7), u)  # as `generate` has it, on the device
+            assert torch.equal(uniforms(key, place, 3), u[:, :3])
+            assert torch.equal(torch.cat([uniforms(part, place, 7) for part in key.split([1, 3, 2])]), u)
+
+
+def test_keys_differ_for_every_seed_and_sample():
+    every = torch.cat([keys(seed, range(1000), "cpu") for seed in range(200)])
+    assert len(every.unique()) == 200_000
+
+
+@pytest.mark.parametrize("bits", [0, -1])
+def test_uniforms_never_come_to_0_or_1(monkeypatch, bits):
+    monkeypatch.setattr(transformer, "mix", lambda x: torch.full_like(x, bits))
+    u = uniforms(torch.zeros(1, dtype=torch.long), 0, 1)
+    assert 0 < u < 1 and transformer.gumbel(u).isfinite()
+
+
+def test_uniforms_are_uniform_and_independent():
+    """Each number against those next to it: of other seeds, places, samples, of the same place."""
+    u = torch.stack([torch.stack([uniforms(keys(seed, range(48), "cpu"), place, 48) for place in range(-1, 47)])
+                     for seed in range(5)])  # (5 seeds, 48 places, 48 samples, 48 numbers)
+    assert stats.kstest(u.flatten().numpy(), "uniform").pvalue > 1e-3
+    assert stats.chisquare(np.bincount((u * 2**12).long().flatten().numpy(), minlength=2**12)).pvalue > 1e-3
+    moves = [(0, 1, 1, 0), (0, 1, -1, 0), (0, 1, 0, 1), (0, 1, 0, -1), (0, 0, 1, 1), (0, 0, 1, -1), (1, 0, -1, 0)]
+    moves += [tuple(lag * (d == dim) for d in range(4)) for dim in range(4) for lag in (1, 2)]
+    for move in moves:
+        pairs = ((u * 16).long() * 16 + (u.roll(move, (0, 1, 2, 3)) * 16).long()).flatten()
+        assert stats.chisquare(np.bincount(pairs.numpy(), minlength=256)).pvalue > 1e-3, move
+
+
 # ---------------------------------------------------------------- samplers
 
 LOGITS = np.array([1.0, -2, 0.5, 3, 2.5, -1, 0, 2.5, 1.5, -30, 0.2])  # K = 11: no power of two, and a tie
@@ -272,21 +341,44 @@ def expected(temperature, top_k, top_p):
     (1.0, 0, 1e-6), (0.7, 8, 0.9), (3.0, 5, 0.7), (1.0, 11, 1.0)])
 def test_samplers_draw_from_the_known_distribution(temperature, top_k, top_p):
     n, want = 100_000, expected(temperature, top_k, top_p)
-    u = torch.from_numpy(np.random.default_rng(5).random((n, 4), dtype=np.float32))
+    u = uniforms(keys(5, range(n), "cpu"), 0, 11)
     got = sample(torch.tensor(LOGITS).float().expand(n, -1), u, temperature, top_k, top_p)
     seen = np.bincount(got.numpy(), minlength=11)
     assert seen.shape == (11,) and not seen[want == 0].any()
     assert fits(seen, want)
 
 
-def test_a_code_of_zero_probability_is_never_drawn():
-    worst = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])  # the ends of [0, 1) in float32
-    u = torch.cartesian_prod(*[worst] * 4)  # (256, 4)
+def test_a_code_of_zero_probability_is_never_sampled():
+    ends = torch.tensor([0.5 / 2**23, 1 - 0.5 / 2**23])  # of `uniforms`
+    u = torch.cartesian_prod(*[ends] * 11)  # (2048, 11)
     for allowed in ([0], [10], [7], [3, 4], [0, 10], list(range(0, 11, 2))):
         logits = torch.full((11,), -torch.inf)
         logits[allowed] = torch.randn(len(allowed), generator=torch.Generator().manual_seed(1))
-        got = sample(logits.expand(256, -1), u)
+        got = sample(logits.expand(2048, -1), u)
         assert set(got.tolist()) == set(allowed)
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.7, 8, 0.9), (3.0, 3, 1.0), (1.0, 0, 0.5)])
+def test_sample_equals_a_slow_reference(temperature, top_k, top_p):
+    """The kept code whose logit plus -log(-log u) is the largest, one row at a time."""
+    kept = np.flatnonzero(expected(temperature, top_k, top_p))
+    u = uniforms(keys(0, range(600), "cpu"), 3, 11)
+    got = sample(torch.tensor(LOGITS).float().expand(20, 30, 11), u.view(20, 30, 11), temperature, top_k, top_p)
+    assert got.shape == (20, 30) and got.dtype == torch.int64
+    for row, code in zip(u.tolist(), got.flatten().tolist()):
+        assert code == max(kept, key=lambda k: LOGITS[k] / temperature - math.log(-math.log(row[k])))
+
+
+def test_rounding_changes_next_to_no_draw():
+    """100,000 draws among 1,024 codes from logits that move by 1e-6, as another batch size may move them: each changes
+    with a probability near 1e-6. (By inverting the cumulative distribution, about eight would change.)"""
+    g, changed = torch.Generator().manual_seed(0), 0
+    logits = 2 * torch.randn(2000, 1024, generator=g)
+    moved = logits + 1e-6 * torch.rand(2000, 1024, generator=g).sub(0.5).sign()
+    for _ in range(50):
+        u = torch.rand(2000, 1024, generator=g)
+        changed += int((sample(logits, u) != sample(moved, u)).sum())
+    assert changed <= 1
 
 
 def test_ar_samples_have_the_models_own_distribution():
@@ -308,12 +400,12 @@ def test_ar_equals_a_slow_reference(cfg):
     model = build("ar", null_class=True)
     labels = torch.tensor([1, 4, 2])
     got = model.generate([5, 6, 7], 3, labels, temperature=0.8, top_k=9, top_p=0.9, cfg=cfg)
-    u = uniforms(3, [5, 6, 7], 9 * 4).view(3, 9, 4)
+    key = keys(3, [5, 6, 7], "cpu")
     s = torch.zeros(3, 9, dtype=torch.long)
     with torch.no_grad():
         for i in range(9):
             l_c, l_null = model(s, labels)[:, i], model(s, torch.full((3,), 5))[:, i]
-            s[:, i] = sample((1 + cfg) * l_c - cfg * l_null, u[:, i], 0.8, 9, 0.9)
+            s[:, i] = sample((1 + cfg) * l_c - cfg * l_null, uniforms(key, i, 13), 0.8, 9, 0.9)
     assert torch.equal(got, s)
 
 
@@ -353,8 +445,9 @@ def test_sample_i_depends_on_seed_and_i_alone(kind, cfg):
 
 # ---------------------------------------------------------------- MaskGIT
 
-def noise(batch, T, N, K, seed=0):
-    return uniforms(seed, range(batch), T * N * ((K - 1).bit_length() + 1)).view(batch, T, N, -1)
+def noise(batch, seed=0):
+    """(place, n) -> (batch, n), as `generate` passes it."""
+    return partial(uniforms, keys(seed, range(batch), "cpu"))
 
 
 @pytest.mark.parametrize("T", [1, 2, 8, 12, 16])
@@ -365,7 +458,7 @@ def test_maskgit_reveals_what_its_schedule_says(T):
         seen.append(tokens == K)
         return torch.zeros(*tokens.shape, K)
 
-    out = maskgit(torch.full((3, N), K), logits_fn, noise(3, T, N, K), K)
+    out = maskgit(torch.full((3, N), K), logits_fn, noise(3), T, K)
     assert len(seen) == T and ((0 <= out) & (out < K)).all()  # no mask token is left
     left = torch.stack([m.sum(1) for m in seen] + [torch.zeros(3, dtype=torch.long)])  # (T + 1, 3)
     revealed = -left.diff(dim=0)
@@ -383,24 +476,35 @@ def test_maskgit_keeps_the_known_codes():
     tokens = torch.randint(K, (4, N), generator=torch.Generator().manual_seed(0))
     share = torch.tensor([[0.5], [0.9], [0.0], [2.0]])  # the last image is known throughout
     known = torch.rand(4, N, generator=torch.Generator().manual_seed(1)) < share
-    out = maskgit(tokens.masked_fill(~known, K), lambda s: torch.randn(4, N, K), noise(4, 6, N, K), K)
+    out = maskgit(tokens.masked_fill(~known, K), lambda s: torch.randn(4, N, K), noise(4), 6, K)
     assert torch.equal(out[known], tokens[known]) and (out < K).all()
 
 
-def slow_maskgit(tokens, logits_fn, u, mask_id, temperature, choice_temperature):
-    """One image, one code at a time."""
-    tokens, N, T = list(tokens), len(tokens), len(u)
+def test_maskgit_takes_no_random_number_twice():
+    places = []
+
+    def count_places(place, n):
+        places.append((place, n))
+        return uniforms(keys(0, range(2), "cpu"), place, n)
+    maskgit(torch.full((2, 9), 5), lambda s: torch.zeros(2, 9, 5), count_places, 4, 5)
+    assert sorted(n for _, n in places) == [9] * 3 + [45] * 4  # the last step masks nothing again
+    assert len({place for place, _ in places}) == 7 and min(places)[0] >= 0  # -1 is the place of `corrupt`
+
+
+def slow_maskgit(tokens, logits_fn, noise, T, mask_id, temperature, choice_temperature):
+    """One image, one code at a time. noise(place, n): n numbers."""
+    tokens, N = list(tokens), len(tokens)
     start = tokens.count(mask_id)
     for t in range(T):
         logits = logits_fn(tokens) / temperature
+        u, choice = noise(t, N * mask_id), noise(T + t, N)
         masked, ids, confidence = tokens.count(mask_id), list(tokens), [math.inf] * N
         ratio = (t + 1) / T
         for i in range(N):
             if tokens[i] == mask_id:
-                ids[i] = int(sample(torch.tensor(logits[i]), u[t, i, :-1]))
+                ids[i] = max(range(mask_id), key=lambda k: logits[i][k] - math.log(-math.log(u[i * mask_id + k])))
                 log_p = logits[i][ids[i]] - math.log(np.exp(logits[i].astype(float)).sum())
-                gumbel = -math.log(-math.log(float(u[t, i, -1])))
-                confidence[i] = log_p + choice_temperature * (1 - ratio) * gumbel
+                confidence[i] = log_p - choice_temperature * (1 - ratio) * math.log(-math.log(choice[i]))
         if t == T - 1:
             return ids
         length = max(1, min(masked - 1, math.floor(start * math.cos(math.pi * ratio / 2))))
@@ -414,12 +518,11 @@ def test_maskgit_equals_a_slow_reference(T, temperature, choice):
     model = build("nar", K=11, N=16, classes=0)
     start = torch.full((5, 16), 11)
     start[3:, ::3] = 2  # the last two with known codes
-    u = noise(5, T, 16, 11)
     with torch.no_grad():
-        got = maskgit(start, model, u, 11, temperature, choice)
+        got = maskgit(start, model, noise(5), T, 11, temperature, choice)
         for j in range(5):
-            want = slow_maskgit(start[j].tolist(), lambda s: model(torch.tensor([s]))[0].numpy(), u[j], 11,
-                                temperature, choice)
+            want = slow_maskgit(start[j].tolist(), lambda s: model(torch.tensor([s]))[0].numpy(),
+                                lambda place, n, j=j: noise(5)(place, n)[j].tolist(), T, 11, temperature, choice)
             assert got[j].tolist() == want
         whole = model.generate(range(5), temperature=temperature, choice_temperature=choice, steps=T)
         assert torch.equal(whole[:3], got[:3])  # generate() is this, from all masked
@@ -430,7 +533,7 @@ def test_nar_guidance_equals_the_formula():
     labels, null = torch.arange(4), torch.full((4,), 5)
     with torch.no_grad():
         want = maskgit(torch.full((4, 9), 13), lambda s: 3 * model(s, labels) - 2 * model(s, null),
-                       noise(4, 5, 9, 13), 13)
+                       noise(4), 5, 13)
     assert torch.equal(model.generate(range(4), labels=labels, steps=5, cfg=2.0), want)
 
 
@@ -539,35 +642,28 @@ def forward(labels, classes=5, n=9):
 @pytest.mark.parametrize("call, words", [
     (lambda: generate(top_p=0.0), "top_p is 0.0"),
     (lambda: generate(top_p=1.1), "top_p is 1.1"),
-    (lambda: generate(top_k=-1), "top_k is -1"),
-    (lambda: generate(top_k=14), "top_k is 14"),
+    (lambda: generate(top_k=-1), "top_k -1"),
+    (lambda: generate(top_k=14), "top_k 14"),
     (lambda: generate("nar", top_k=3), "for AR"),
     (lambda: generate("nar", top_p=0.9), "for AR"),
     (lambda: generate(temperature=0.0), "temperature is 0.0"),
     (lambda: generate(temperature=math.nan), "temperature is nan"),
-    (lambda: generate("nar", choice_temperature=-1.0), "choice_temperature is -1.0"),
     (lambda: generate("nar", steps=0), "steps is 0"),
     (lambda: generate("nar", steps=10), "steps is 10"),
-    (lambda: generate(labels=(0, 5)), "labels are 0 to 5"),
-    (lambda: generate(labels=(0, 5), null_class=True), "labels are 0 to 5"),
-    (lambda: generate(labels=(-1, 0)), "labels are -1 to 0"),
-    (lambda: generate(labels=(0,)), "one for each of 2"),
-    (lambda: generate(labels=None), "labels are missing"),
-    (lambda: generate("nar", labels=None), "labels are missing"),
-    (lambda: generate(classes=0), "unconditional"),
+    (lambda: generate(labels=(0, 5)), "labels: use 0 to 4"),
+    (lambda: generate(labels=(0, 5), null_class=True), "labels: use 0 to 4"),
+    (lambda: generate(labels=(-1, 0)), "labels: use 0 to 4"),
+    (lambda: generate(labels=None), "labels: pass one of 5 classes"),
+    (lambda: generate("nar", labels=None), "labels: pass one of 5 classes"),
+    (lambda: generate(classes=0), "none if that is 0"),
     (lambda: generate(cfg=1.0), "null class"),
-    (lambda: generate(cfg=-1.0, null_class=True), "cfg is -1.0"),
     (lambda: build("ar").train().generate([0], labels=torch.tensor([0])), "eval()"),
-    (lambda: forward(None), "labels are missing"),
-    (lambda: forward(torch.tensor([0, 1]), classes=0), "unconditional"),
+    (lambda: forward(None), "labels: pass one of 5 classes"),
+    (lambda: forward(torch.tensor([0, 1]), classes=0), "none if that is 0"),
     (lambda: forward(torch.tensor([0, 1]), n=8), "8 tokens"),
     (lambda: build("ar").corrupt(torch.zeros(1, 9), torch.zeros(1), [0], 0, 0.1), "null_class"),
-    (lambda: Transformer("bert", "test"), '"bert"'),
-    (lambda: Transformer("ar", "huge"), "base, large, tiny"),
     (lambda: Transformer("ar", "test", codebook_size=65537), "uint16"),
     (lambda: Transformer("ar", "test", codebook_size=1), "uint16"),
-    (lambda: Transformer("ar", "test", tokens=0), "tokens is 0"),
-    (lambda: Transformer("ar", "test", classes=-1), "classes -1"),
     (lambda: Transformer("ar", "test", classes=0, null_class=True), "null_class"),
 ])
 def test_bad_input_is_named_in_one_sentence(call, words):
@@ -591,11 +687,11 @@ def test_print_what_the_cache_is_worth(capsys):
     begin = time.perf_counter()
     model.generate(range(batch))
     cached = time.perf_counter() - begin
-    u = uniforms(0, range(batch), 256 * 8).view(batch, 256, 8)
+    key = keys(0, range(batch), "cpu")
     begin = time.perf_counter()
     with torch.no_grad():
         for i in range(4, 256, 8):  # every eighth code stands for eight
-            assert torch.equal(sample(rerun(s[:, :i]), u[:, i]), s[:, i])
+            assert torch.equal(sample(rerun(s[:, :i]), uniforms(key, i, 256)), s[:, i])
     rerunning = 8 * (time.perf_counter() - begin)
     with capsys.disabled():
         print(f"\nAR sampling, 256 codes, tiny, batch {batch}: {rerunning:.2f} s re-running the prefix, "

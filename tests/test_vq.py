@@ -1,17 +1,78 @@
 """The tokenizer against slow references: counts, Eq. 1, the loss terms, attention, codebooks."""
+import importlib.util
 import math
+import re
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FOLDERS, ROOT
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vq
+from codebooks import CODEBOOKS, Factorized, KMeans, Plain, kmeans
+from train_tokenizer import fingerprint
 from vq import BlockAttention, Quantizer, VQModel
 
 
-def small(**options):
-    torch.manual_seed(0)
+def small(seed=0, **options):
+    torch.manual_seed(seed)
     return VQModel(channels=(16, 32), z_dim=8, codebook_size=32, **options)
+
+
+# ------------------------------------------------------------------------------------------ the files by themselves
+
+def alone(name, folder, monkeypatch):
+    """The module of a copy of `name`.py in an empty folder, where no file of the project can be imported; and the lines
+    of code in its docstring."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() not in FOLDERS])
+    for path in (path for folder in FOLDERS for path in folder.glob("*.py")):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
+    monkeypatch.chdir(folder)
+    spec = importlib.util.spec_from_file_location(name, shutil.copy(ROOT / f"{name}.py", folder))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert sorted(path.name for path in folder.iterdir() if path.is_file()) == [f"{name}.py"]
+    return module, "\n".join(re.findall(r"^    (\w[\w, ]* = .+)", module.__doc__, re.M))
+
+
+def test_vq_stands_alone_and_does_what_its_docstring_shows(tmp_path, monkeypatch):
+    module, lines = alone("vq", tmp_path, monkeypatch)
+    assert lines.count("\n") == 2
+    with FakeTensorMode():  # the paper's size, without its arithmetic
+        names = {"x": torch.empty(2, 3, 256, 256)}
+        exec(lines, vars(module), names)
+    assert names["x_hat"].shape == (2, 3, 256, 256) and names["indices"].shape == (2, 16, 16)
+    assert names["losses"]["vq"].shape == ()
+
+
+def test_losses_stand_alone_and_do_what_their_docstring_shows(tmp_path, monkeypatch):
+    module, lines = alone("losses", tmp_path, monkeypatch)
+    assert lines.count("\n") == 3
+    # another network in VGG16's place, and small images: the same calls in less time
+    x, x_hat = torch.rand(2, 2, 3, 16, 16)
+    names = {"VGG16": lambda: module.SmallVGG([8] * 5, 10), "x": x, "x_hat": x_hat}
+    exec(lines.replace("256", "16"), vars(module) | names, names)
+    assert names["loss"] > 0 and set(names["shares"]) == {"relu5_3", "logit"} and names["loss_d"] > 0
+
+
+def test_transformer_stands_alone_and_does_what_its_docstring_shows(tmp_path, monkeypatch):
+    module, lines = alone("transformer", tmp_path, monkeypatch)
+    assert lines.count("\n") == 1
+    for kind in ("ar", "nar"):
+        model = module.Transformer(kind, "tiny", 16, 4, classes=3)
+        names = {"model": model, "indices": torch.zeros(2, 4, dtype=torch.long), "labels": torch.tensor([0, 2]),
+                 "samples": range(2), "seed": 0}
+        exec(lines, vars(module), names)
+        assert names["total"] > 0 and 2 <= names["count"] <= 8
+        assert model.eval().generate(range(64), labels=torch.arange(64) % 3, steps=4).shape == (64, 4)
+
+
+# ------------------------------------------------------------------------------------------------- vq.py's parts
 
 
 @pytest.mark.parametrize("options, paper", [({}, 54.5), (dict(attention=1), 57.9), (dict(attention=2), 61.4),
@@ -29,10 +90,11 @@ def test_the_layer_table_prints_the_counts(capsys):
 
 def test_distances_and_nearest_code_against_a_loop():
     torch.manual_seed(0)
-    q = Quantizer("none", 16, 4)
+    q = Quantizer(16, 4)
     torch.nn.init.normal_(q.codebook)
     z = torch.randn(2, 4, 3, 3)
     z_q, indices, _ = q(z)
+    assert torch.equal(q.nearest(z.permute(0, 2, 3, 1).flatten(0, 2)), indices.flatten())
     for b in range(2):
         for i in range(3):
             for j in range(3):
@@ -43,7 +105,7 @@ def test_distances_and_nearest_code_against_a_loop():
 
 
 def test_distances_keep_their_digits_far_from_the_origin():
-    q = Quantizer("none", 64, 8)
+    q = Quantizer(64, 8)
     torch.manual_seed(0)
     torch.nn.init.normal_(q.codebook)
     z = torch.randn(200, 8)
@@ -54,20 +116,8 @@ def test_distances_keep_their_digits_far_from_the_origin():
     assert torch.equal(q.distances(z + 300).argmin(1), near.argmin(1))
 
 
-def test_quantizer_is_fp32_under_autocast():
-    q = Quantizer("entropy", 256, 16)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(q.codebook)
-    z = torch.randn(4, 16, 8, 8)
-    plain = q(z)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = q(z)
-    assert torch.equal(plain[1], cast[1]) and cast[0].dtype == torch.float32
-    assert plain[2]["vq"] == cast[2]["vq"]
-
-
 def test_straight_through_gradient():
-    q = Quantizer("none", 16, 4)
+    q = Plain(16, 4)
     z = torch.randn(2, 4, 3, 3, requires_grad=True)
     g = torch.randn(2, 4, 3, 3)
     (q(z)[0] * g).sum().backward()
@@ -87,7 +137,7 @@ def test_which_tensor_each_term_moves(term, moved):
 
 
 def test_beta_is_on_the_commitment_term():
-    q = Quantizer("none", 16, 4, beta=0.25)
+    q = Plain(16, 4, beta=0.25)
     z = torch.randn(2, 4, 3, 3)
     z_q, _, losses = q(z)
     mse = F.mse_loss(z_q, z)
@@ -100,7 +150,7 @@ def test_beta_is_on_the_commitment_term():
 
 def test_entropy_term_against_a_loop_and_its_sign():
     torch.manual_seed(0)
-    q = Quantizer("entropy", 5, 3, gamma=0.01)
+    q = Quantizer(5, 3, gamma=0.01)
     torch.nn.init.normal_(q.codebook)
     z = torch.randn(1, 3, 2, 2)
     rows = [z[0, :, i, j] for i in range(2) for j in range(2)]
@@ -118,7 +168,7 @@ def test_entropy_term_against_a_loop_and_its_sign():
 
 def test_the_entropy_term_alone_raises_the_entropy():
     torch.manual_seed(0)
-    q = Quantizer("entropy", 32, 4)
+    q = Quantizer(32, 4)
     z = torch.randn(8, 4, 4, 4)
     q.codebook.data.normal_(std=2)
     first = q(z)[2]["H"].item()
@@ -186,80 +236,17 @@ def test_shortcut_takes_the_blocks_input():
     assert torch.allclose(block(x), h + block.shortcut(x))
 
 
-@pytest.mark.parametrize("codebook", vq.CODEBOOKS)
+@pytest.mark.parametrize("codebook", CODEBOOKS.values())
 def test_codes_decode_to_the_reconstruction(codebook):
-    model = small(codebook=codebook).eval()
+    model = small(quantizer=codebook).eval()
     x = torch.randn(2, 3, 16, 16)
     x_hat, indices, _ = model(x)
     assert x_hat.shape == x.shape and indices.shape == (2, 8, 8) and indices.dtype == torch.int64
     assert torch.allclose(model.decode_indices(indices), x_hat, atol=1e-5)
-    rebuilt = VQModel(**model.config)
+    rebuilt = small(seed=1, quantizer=codebook).eval()
+    assert not torch.equal(rebuilt(x)[0], x_hat)
     rebuilt.load_state_dict(model.state_dict())
-    assert torch.equal(rebuilt.eval()(x)[0], x_hat)
-
-
-def test_factorized_codes_lie_on_the_sphere():
-    q = Quantizer("factorized", 64, 16)
-    assert q.codes().shape == (64, 32)
-    assert torch.allclose(q.codes().norm(dim=1), torch.ones(64), atol=1e-6)
-
-
-def test_kmeans_finds_clusters():
-    torch.manual_seed(0)
-    centres = torch.randn(3, 4) * 10
-    points = (centres.repeat_interleave(50, 0) + 0.01 * torch.randn(150, 4))[torch.randperm(150)]
-    best = min(torch.cdist(vq.kmeans(points, 3, 10, torch.Generator().manual_seed(s)), centres).min(0).values.max()
-               for s in range(20))
-    assert best < 0.1  # of several starts one at least finds all three
-    many = vq.kmeans(points[:5], 8, 3, torch.Generator().manual_seed(0))  # fewer points than codes
-    assert many.shape == (8, 4) and many.isfinite().all()
-
-
-def test_kmeans_codebook_is_set_from_encoder_outputs(monkeypatch):
-    torch.manual_seed(0)
-    q = Quantizer("kmeans", 8, 4)
-    before = q.codebook.clone()
-    for _ in range(3):
-        q(torch.randn(2, 4, 4, 4) + 5)
-    assert not torch.equal(q.codebook, before) and q.codebook.mean() > 4
-    assert len(torch.unique(q(torch.randn(8, 4, 4, 4) + 5)[1])) == 8
-    monkeypatch.setattr(q, "KMEANS_EVERY", 4)
-    codes = [q.codebook.clone()]
-    for _ in range(10):
-        q(torch.randn(2, 4, 4, 4) + 5)
-        codes.append(q.codebook.clone())
-    assert sum(not torch.equal(a, b) for a, b in zip(codes, codes[1:])) == 3  # steps 4, 8, 12
-
-
-def test_the_short_start_bypasses_then_sets_the_codes():
-    q = Quantizer("entropy", 8, 4)
-    z, before = torch.randn(4, 4, 4, 4), q.codebook.detach().clone()
-    q.start = "bypass"
-    z_q, indices, losses = q(z)
-    assert torch.equal(z_q, z) and indices is None and losses["vq"] == 0
-    assert torch.equal(q.codebook, before)
-    assert q.eval()(z)[1].shape == (4, 4, 4)  # validation quantizes all the same
-    q.train().start = "kmeans"
-    q(torch.full_like(z, torch.nan))  # a bad step is no start
-    assert torch.equal(q.codebook, before) and q.start == "kmeans"
-    points = z.permute(0, 2, 3, 1).reshape(-1, 4)
-    q(z)
-    assert torch.equal(q.codebook, vq.kmeans(points, 8, q.KMEANS_ROUNDS, torch.Generator().manual_seed(0)))
-    assert q.start == "" and len(q(z)[1].unique()) == 8
-
-
-def test_kmeans_leaves_fixed_codes_and_bad_rows_alone(monkeypatch):
-    torch.manual_seed(0)
-    q = Quantizer("kmeans", 8, 4)
-    q.requires_grad_(False)  # phase 2
-    before = q.codebook.clone()
-    for _ in range(5):
-        q(torch.randn(2, 4, 4, 4))
-    assert torch.equal(q.codebook, before)
-    q.requires_grad_(True)
-    for i in range(5):
-        q(torch.full((2, 4, 4, 4), float("nan")) if i == 0 else torch.randn(2, 4, 4, 4))
-    assert q.codebook.isfinite().all() and not torch.equal(q.codebook, before)
+    assert torch.equal(rebuilt(x)[0], x_hat)
 
 
 @pytest.mark.parametrize("width, groups", [(128, 32), (512, 32), (16, 4), (48, 12), (144, 24)])
@@ -272,16 +259,202 @@ def test_usage_and_perplexity():
     assert (usage, perplexity, H) == pytest.approx((0.5, 2.0, math.log(2)))
 
 
-def test_fingerprint_is_of_encoder_and_codebook():
-    model, first = small(), vq.fingerprint(small())
+@pytest.mark.parametrize("codebook", CODEBOOKS.values())
+def test_fingerprint_is_of_encoder_and_codebook(codebook):
+    model, first = small(quantizer=codebook), fingerprint(small(quantizer=codebook))
     with torch.no_grad():
         model.decoder.stem.bias += 1
-        assert vq.fingerprint(model) == first
-        model.quantizer.codebook[0, 0] += 1e-6
-        assert vq.fingerprint(model) != first
+        for buffer in model.quantizer.buffers():  # K-means' memory
+            buffer += 1
+        assert fingerprint(model) == first
+        for name, p in [*model.encoder.named_parameters(), *model.quantizer.named_parameters()]:
+            p.flatten()[0] += 1e-4
+            assert fingerprint(model) != first, name
+            first = fingerprint(model)
 
 
-@pytest.mark.parametrize("options", [dict(channels=(20, 32)), dict(codebook="magic")])
-def test_bad_shapes_are_refused(options):
-    with pytest.raises(ValueError, match="multiple of 16|none of"):
-        VQModel(**options)
+def test_bad_shapes_are_refused():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        VQModel(channels=(20, 32))
+
+
+# ------------------------------------------------------------------------------------------------- codebooks
+
+def quantizer(codebook, K=32, z_dim=8, **options):
+    torch.manual_seed(0)
+    q = codebook(K, z_dim, **options)
+    nn.init.normal_(q.codebook)
+    return q, torch.randn(2, z_dim, 4, 4)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS.values())
+def test_all_codebooks_keep_the_contract(codebook):
+    """What Quantizer's docstring promises."""
+    q, z = quantizer(codebook, beta=0.5, gamma=0.25)
+    assert q.K == 32
+    indices = q.nearest(q.codes().detach())  # every code is nearest to itself
+    assert indices.dtype == torch.int64 and torch.equal(indices, torch.arange(32))
+    assert q.embed(torch.randint(32, (3, 4, 5))).shape == (3, 8, 4, 5)
+    z_q, indices, losses = q(z)
+    assert z_q.shape == z.shape and indices.shape == (2, 4, 4) and indices.dtype == torch.int64
+    assert ((0 <= indices) & (indices < 32)).all() and len(indices.unique()) > 4
+    assert torch.allclose(q.embed(indices), z_q, atol=1e-5)
+    assert all(value.shape == () and value.isfinite() for value in losses.values())
+    gamma = 0.25 if codebook is Quantizer else 0  # the entropy term is the paper's alone
+    total = losses["codebook"] + 0.5 * losses["commitment"] + gamma * (math.log(32) - losses["H"])
+    assert losses["vq"].item() == pytest.approx(total.item(), rel=1e-5)
+    z.requires_grad_()
+    for trained in (False, True):  # by z_q, straight through; by the losses
+        z.grad = None
+        z_q, _, losses = q(z)
+        (losses["vq"] if trained else z_q.square().sum()).backward()
+        assert z.grad.abs().sum() > 0 and (q.codebook.grad is not None) == trained
+    q.eval()
+    again = q(z)
+    assert all(torch.equal(a, b) for a, b in zip(again[:2], q(z)[:2]))
+    other = codebook(32, 8)
+    other.load_state_dict(q.state_dict())
+    assert torch.equal(other.eval()(z)[0], again[0])
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS.values())
+def test_all_codebooks_are_fp32_under_autocast(codebook):
+    q, z = quantizer(codebook, K=256)
+    q.eval()
+    rows = torch.randn(500, q.codes().shape[1])
+
+    def results():
+        z_q, indices, losses = q(z)
+        return {"z_q": z_q, "indices": indices, **losses, "nearest": q.nearest(rows), "embed": q.embed(indices)}
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = results()
+    assert [name for name in plain if not torch.equal(plain[name], cast[name])] == []
+    assert cast["z_q"].dtype == cast["embed"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS.values())
+def test_the_soft_usage_passes_through_mean_in_training(codebook):
+    q, z = quantizer(codebook)
+    calls, one = [], q(z)[2]["H"]
+
+    def mean(usage):  # two processes, the other one with uniform usage
+        calls.append(usage)
+        return (usage + 1 / 32) / 2
+    q.mean = mean
+    H = q(z)[2]["H"]
+    usage, = calls
+    assert usage.shape == (32,) and usage.sum().item() == pytest.approx(1, rel=1e-5) and usage.requires_grad
+    assert one.item() == pytest.approx(-(usage * usage.log()).sum().item(), rel=1e-4)
+    both = (usage + 1 / 32) / 2
+    assert H.item() == pytest.approx(-(both * both.log()).sum().item(), rel=1e-5)
+    q.eval()(z)
+    assert len(calls) == 1  # in a validation the processes don't arrive together
+
+
+class Signs(nn.Module):
+    """Somebody's own quantizer, with the contract and no more: the signs of the first dimensions are the code."""
+
+    def __init__(self, K, z_dim, beta, gamma):
+        super().__init__()
+        self.K, self.bits, self.beta = K, K.bit_length() - 1, beta
+        self.up = nn.Linear(self.bits, z_dim)
+
+    def nearest(self, z):
+        return (z > 0).long() @ 2 ** torch.arange(self.bits)
+
+    def embed(self, indices):
+        signs = indices[..., None] >> torch.arange(self.bits) & 1
+        return self.up(2.0 * signs - 1).permute(0, 3, 1, 2)
+
+    def forward(self, z_hat):
+        z = z_hat.permute(0, 2, 3, 1)[..., :self.bits]
+        indices = self.nearest(z)
+        commitment = (z - z.sign().detach()).square().mean()
+        z_q = self.up(z + (z.sign() - z).detach()).permute(0, 3, 1, 2)
+        return z_q, indices, {"commitment": commitment, "vq": self.beta * commitment}
+
+
+def test_a_quantizer_of_ones_own_stands_in():
+    model = small(quantizer=Signs)
+    x = torch.randn(2, 3, 16, 16)
+    x_hat, indices, losses = model(x)
+    assert torch.allclose(model.decode_indices(indices), x_hat, atol=1e-5) and len(indices.unique()) > 4
+    (x_hat.mean() + losses["vq"]).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_factorized_codes_lie_on_the_sphere():
+    q, z = quantizer(Factorized, K=64, z_dim=16)
+    assert q.codes().shape == (64, 32)
+    assert torch.allclose(q.codes().norm(dim=1), torch.ones(64), atol=1e-6)
+    rows = F.normalize(q.down(z.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)  # and so do the features
+    _, indices, losses = q(z)
+    assert torch.equal(q.nearest(rows), indices.flatten())
+    mse = F.mse_loss(rows, q.codes()[indices.flatten()]).item()
+    assert losses["codebook"].item() == pytest.approx(mse, rel=1e-5) == losses["commitment"].item()
+    assert torch.equal(q.nearest(rows), (rows @ q.codes().T).argmax(1))  # on the sphere, nearest is most alike
+
+
+def test_kmeans_finds_clusters():
+    torch.manual_seed(0)
+    centres = torch.randn(3, 4) * 10
+    points = (centres.repeat_interleave(50, 0) + 0.01 * torch.randn(150, 4))[torch.randperm(150)]
+    best = min(torch.cdist(kmeans(points, 3, seed), centres).min(0).values.max() for seed in range(20))
+    assert best < 0.1  # of several starts one at least finds all three
+    assert torch.equal(kmeans(points, 3, seed=1), kmeans(points, 3, seed=1))  # no global random state
+    many = kmeans(points[:5], 8, seed=0)  # fewer points than codes
+    assert many.shape == (8, 4) and many.isfinite().all()
+
+
+def test_kmeans_codebook_is_set_from_encoder_outputs(monkeypatch):
+    torch.manual_seed(0)
+    q = KMeans(8, 4)
+    before = q.codebook.clone()
+    for _ in range(3):
+        q(torch.randn(2, 4, 4, 4) + 5)
+    assert not torch.equal(q.codebook, before) and q.codebook.mean() > 4
+    assert len(torch.unique(q(torch.randn(8, 4, 4, 4) + 5)[1])) == 8
+    monkeypatch.setattr(q, "EVERY", 4)
+    monkeypatch.setattr(q, "UNTIL", 12)
+    codes = [q.codebook.clone()]
+    for _ in range(16):
+        q(torch.randn(2, 4, 4, 4) + 5)
+        codes.append(q.codebook.clone())
+    changed = [step for step, (a, b) in enumerate(zip(codes, codes[1:]), 4) if not torch.equal(a, b)]
+    assert changed == [4, 8, 12]  # not at 16
+
+
+def test_kmeans_keeps_the_newest_rows_of_all_processes(monkeypatch):
+    monkeypatch.setattr(KMeans, "RESERVOIR", 40)
+    q = KMeans(4, 1)
+    q.gather = lambda rows: torch.cat([rows, rows + 1000])  # two processes
+    z = torch.arange(44.0)
+    for part in z.split(4):
+        q(part.view(1, 1, 2, 2))
+    newest = torch.cat([z[-20:], z[-20:] + 1000])
+    assert torch.equal(q.reservoir.flatten().sort().values, newest)
+    q(z.view(1, 1, 4, 11))  # more at once than there is room for
+    assert torch.equal(q.reservoir.flatten().sort().values, z[-40:] + 1000)
+    monkeypatch.setattr(q, "EVERY", int(q.steps))
+    q(z[:4].view(1, 1, 2, 2))
+    assert torch.equal(q.codebook, kmeans(q.reservoir, 4, seed=q.EVERY))
+
+
+def test_kmeans_leaves_fixed_codes_and_bad_rows_alone():
+    torch.manual_seed(0)
+    q = KMeans(8, 4)
+    q.requires_grad_(False)  # phase 2
+    before = q.codebook.clone()
+    for _ in range(5):
+        q(torch.randn(2, 4, 4, 4))
+    assert torch.equal(q.codebook, before)
+    q.requires_grad_(True)
+    q.eval()
+    for _ in range(5):
+        q(torch.randn(2, 4, 4, 4))
+    assert torch.equal(q.codebook, before)
+    q.train()
+    for i in range(5):
+        q(torch.full((2, 4, 4, 4), float("nan")) if i == 0 else torch.randn(2, 4, 4, 4))
+    assert q.codebook.isfinite().all() and not torch.equal(q.codebook, before)

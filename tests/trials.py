@@ -7,7 +7,7 @@ no seconds then, and the moments of the kills fall into the work instead.
 """
 import argparse
 import gc
-import io
+import importlib
 import json
 import os
 import pickle
@@ -15,21 +15,21 @@ import random
 import shutil
 import signal
 import sys
-import tarfile
 import tempfile
 import threading
 import time
 import traceback
 import warnings
-import zipfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import conftest  # noqa: E402, F401 (our folders on sys.path)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from test_prior import save_tokenizer  # noqa: E402
+import train_vgg  # noqa: E402, F401
+from test_prior import save_prior, save_tokenizer  # noqa: E402
 from test_train_tokenizer import same  # noqa: E402
 
 import data  # noqa: E402
@@ -37,12 +37,10 @@ import fid  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
 import sample  # noqa: E402
-import train_prior  # noqa: E402
-import train_tokenizer  # noqa: E402, F401 (imported here, not in each fork)
-import train_vgg  # noqa: E402, F401
-import vq  # noqa: E402
+import train_prior  # noqa: E402, F401 (imported here, not in each fork)
+import train_tokenizer  # noqa: E402
+from miniature.shapes import Shapes, draw  # noqa: E402
 from runtime import BadInput  # noqa: E402
-from transformer import Transformer  # noqa: E402
 
 torch.set_num_threads(1)
 TRAIN = "--image_size 16 --iters 9 --batch_size 4 --log_every 2 --eval_every 3 --save_every 1 --device cpu --resume"
@@ -65,7 +63,7 @@ def start(job, log):
             os.dup2(file.fileno(), 2)
         if isinstance(job, str):
             sys.argv = job.split()
-            runtime.run(__import__(sys.argv[0][:-3]).main)
+            runtime.run(importlib.import_module(sys.argv[0][:-3]).main)
         else:
             job()
         code = 0
@@ -100,23 +98,26 @@ def whole(job, log):
 # --------------------------------------------------------------------------------------------------- the kills
 
 def metrics(folder, split=None):
-    """The lines of metrics.jsonl. Raises ValueError if one of them is none."""
+    """The lines of metrics.jsonl. Raises ValueError if one is none, but for a last one that is being written."""
     path = Path(folder) / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if split in (None, line["split"])]
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [line for line in map(json.loads, lines) if split in (None, line["split"])]
 
 
 def trained(a, b):
     """Whether two run folders hold the same weights, to the bit, and the same validation lines."""
-    one, two = (torch.load(Path(folder) / "ckpt.pt", weights_only=True) for folder in (a, b))
-    for state in (one, two):
+    files = ["ckpt.pt"] + ["best.pt"] * (Path(a) / "best.pt").exists()
+    one, two = ([torch.load(Path(folder) / file, weights_only=True) for file in files] for folder in (a, b))
+    for state in (*one, *two):
         del state["args"]
     return same(one, two) and metrics(a, "val") == metrics(b, "val")
 
 
 def cached(a, b):
-    files = [f"codes/{split}/{name}.bin" for split in ("train", "val") for name in ("codes", "labels")]
-    return all((Path(a) / file).read_bytes() == (Path(b) / file).read_bytes() for file in files) and trained(a, b)
+    """Whether their code caches are the same, too."""
+    one, two = ({path.relative_to(folder): path.read_bytes() for path in Path(folder).glob("codes/*/*.npy")}
+                for folder in (a, b))
+    return len(one) == 4 and one == two and trained(a, b)
 
 
 def sampled(a, b):
@@ -146,7 +147,8 @@ def kill(job, equal, folder, n, rng):
                     if code not in (0, -number, 130):
                         failures.append(f"{number.name}: exit code {code}")
                         return failures + [log.read_text()[-2000:]]
-                    done = (out / "samples.npz").exists()  # what sample.py writes last: from now on it is refused
+                    # sample.py's last deeds: once they are done it is refused
+                    done = (out / "samples.npz").exists() and not list(out.glob("part-*"))
             else:
                 if code := end(pid):
                     return failures + [f"going on: exit code {code}\n{log.read_text()[-2000:]}"]
@@ -164,16 +166,15 @@ def kills(n, folder, rng):
     for path in ("vgg", "stages"):
         (folder / path).mkdir(parents=True)
     vgg, tokenizer = folder / "vgg.pt", folder / "tokenizer.pt"
-    whole(lambda: (save_vgg(vgg), save_tokenizer(tokenizer)), folder / "log")
+    whole(lambda: (save_vgg(vgg), save_prior(folder / "prior.pt", save_tokenizer(tokenizer))), folder / "log")
     prior = f"{PRIOR} --tokenizer {tokenizer}"
-    whole(f"train_prior.py {prior} --codes {folder}/codes --out {folder}/prior", folder / "log")
     stages = [
         ("train_vgg.py", f"train_vgg.py {TRAIN} --widths 8 8 8 8 8 --workers 0", trained),
         ("train_tokenizer.py", f"{TOKENIZER} --vgg {vgg} --workers 0", trained),
         ("train_tokenizer.py, 2 data workers", f"{TOKENIZER} --vgg {vgg} --workers 2", trained),
         ("train_prior.py", f"train_prior.py {prior} --codes {folder}/codes --kind nar", trained),
         ("encoding the data set", f"train_prior.py {prior} --iters 1 --views 4", cached),
-        ("sample.py", f"sample.py --prior {folder}/prior/ckpt.pt --tokenizer {tokenizer} --n 24 --batch_size 2 --png "
+        ("sample.py", f"sample.py --prior {folder}/prior.pt --tokenizer {tokenizer} --n 24 --batch_size 2 --png "
                       f"--device cpu", sampled)]
     for i, (name, job, equal) in enumerate(stages):
         (folder / f"stages/{i}").mkdir()
@@ -237,17 +238,11 @@ def targets(folder):
     """name -> (a good file, how it is read, whether a change must show)."""
     net = losses.SmallVGG([8] * 5, 10)
     save_vgg(folder / "vgg.pt")
-    save_tokenizer(folder / "tokenizer.pt")
-    torch.manual_seed(0)
-    prior = Transformer("ar", "tiny", 16, 64, 10)
-    fingerprint = vq.fingerprint(vq.load_tokenizer(folder / "tokenizer.pt"))
-    torch.save({"kind": "prior", "config": prior.config, "model": prior.state_dict(), "ema": None, "step": 3, "grid": 8,
-                "tokenizer": fingerprint, "classes": ["a"], "args": {}}, folder / "prior.pt")
+    save_prior(folder / "prior.pt", save_tokenizer(folder / "tokenizer.pt"))
 
-    class Eye:  # as far as load_statistics looks
-        dims, resize, weights = 8, "none", "0"
-
-    np.savez(folder / "statistics.npz", mu=np.zeros(8), sigma=np.eye(8), n=100, words="w", resize="none", weights="0")
+    network = argparse.Namespace(feature_dim=8, resize="none", weights="0")  # as far as load_statistics looks
+    np.savez(folder / "statistics.npz", mu=np.zeros(8), sigma=np.eye(8), n=100, description="x", resize="none",
+             weights="0")
     np.savez(folder / "samples.npz", arr_0=np.random.default_rng(0).integers(0, 255, (9, 8, 8, 3), dtype=np.uint8),
              arr_1=np.arange(9))
 
@@ -256,6 +251,7 @@ def targets(folder):
     optimizer.step()
     args = argparse.Namespace(out=str(folder / "run"), resume=True, tensorboard=False, lr=1.0)
     run = runtime.Run(args, "vgg")
+    run.resume()
     run.save(2, model=net.state_dict(), optimizer=optimizer.state_dict(), config={}, labels={})
     for step in (1, 2):
         run.log(step, "train", loss=0.5)
@@ -265,11 +261,15 @@ def targets(folder):
         state = run.resume(model=net, optimizer=optimizer)
         return {name: state[name] for name in ("model", "optimizer", "step", "kind", "args")}
 
-    def log(path):  # lost lines are told, and the rest is kept
+    def log(path):  # the lines that are whole are kept
         shutil.copy(folder / "run.pt", run.ckpt)
         shutil.copy(path, run.metrics)
         run.resume()
         return metrics(run.out)
+
+    def statistics(path):
+        found = fid.load_statistics(str(path), network)
+        return [found["mu"], found["sigma"], found["n"]]
 
     def samples(path):
         source = fid.Samples(str(path))
@@ -277,52 +277,15 @@ def targets(folder):
 
     shutil.copy(run.ckpt, folder / "run.pt")
     shutil.copy(run.metrics, folder / "metrics.jsonl")
-    yield "vgg.pt", lambda path: losses.load_vgg(str(path)).state_dict(), True
-    yield "tokenizer.pt", lambda path: vq.load_tokenizer(path).state_dict(), True
+    yield "vgg.pt", lambda path: train_tokenizer.load_vgg(str(path)).state_dict(), True
+    yield "tokenizer.pt", lambda path: train_tokenizer.load_tokenizer(path).state_dict(), True
     yield "prior.pt", lambda path: sample.load_pair(path, folder / "tokenizer.pt", "cpu")[0].state_dict(), True
     yield "run.pt", resume, True
     yield "metrics.jsonl", log, False
-    yield "statistics.npz", lambda path: list(fid.load_statistics(str(path), Eye)[:3]), True
+    yield "statistics.npz", statistics, True
     yield "samples.npz", samples, True
 
-    def cache(name):
-        def load(path):  # what the damage leaves of a code cache is mended
-            shutil.rmtree(folder / "cache", ignore_errors=True)
-            shutil.copytree(folder / "whole", folder / "cache")
-            shutil.copy(path, folder / "cache" / name)
-            fill(folder / "cache")
-            return {file: (folder / "cache" / file).read_bytes() for file in ("codes.bin", "labels.bin", "done.bin")}
-        return load
-
-    def fill(path):
-        rows = runtime.Rows(path, {"data": "0123"}, 4, codes=((30, 5), np.uint16), labels=((30,), np.int32))
-        for chunk in rows.todo():
-            for array in rows.arrays.values():
-                array[chunk.start:chunk.stop] = np.arange(chunk.start, chunk.stop).reshape(-1, *[1] * (array.ndim - 1))
-            rows.mark(chunk)
-        rows.close()
-
-    fill(folder / "whole")
-    for name in ("codes.bin", "labels.bin", "done.bin", "meta.json"):
-        shutil.copy(folder / "whole" / name, folder / name)
-        yield name, cache(name), True
-    picture = data.draw(3, 3, 40)
-
-    def tar(path):  # a damaged index is made again; a damaged tar is refused, or some of its images are
-        shutil.copy(path, folder / "shard.tar" if Path(path).suffix == ".tar" else folder / "shard.tar.index.npz")
-        source = data.open_source(str(folder / "shard.tar"))
-        return [source.load(i).tobytes() for i in range(len(source))]
-
-    with tarfile.open(folder / "whole.tar", "w") as archive:
-        for name in ("a", "b", "c"):
-            picture.save(folder / "image.png")
-            archive.add(folder / "image.png", f"{name}/{name}.png")
-    shutil.copy(folder / "whole.tar", folder / "shard.tar")
-    shutil.copy2(folder / "whole.tar", folder / "images.tar")
-    data.open_source(str(folder / "shard.tar"))
-    shutil.copy(folder / "shard.tar.index.npz", folder / "index.npz")
-    yield "index.npz", tar, True
-    yield "images.tar", tar, False
+    picture = draw(3, 3, 40)
     for extension, options in (("jpg", {}), ("png", {}), ("gif", {}), ("webp", {}), ("bmp", {}), ("ppm", {}),
                                ("tiff", {"compression": "tiff_lzw"})):
         picture.save(folder / f"image.{extension}", **options)
@@ -331,9 +294,7 @@ def targets(folder):
 
 def crafted(folder, readers):
     """Files that are whole, and wrong: name, how they are read, path."""
-    marker = folder / "marker"
-    absurd = [None, -1, 0, 7, 2**40, 1e30, float("nan"), "x", [], [2**40] * 3, {}, {"a": 1}, torch.ones(2), True]
-    number = 0
+    marker, number = folder / "marker", 0
 
     def case(name, content):
         nonlocal number
@@ -344,38 +305,25 @@ def crafted(folder, readers):
 
     for name in ("vgg.pt", "tokenizer.pt", "prior.pt", "run.pt"):
         good = torch.load(folder / name, weights_only=True)
-        for key in good:
-            if key not in ("labels", "args") or name == "tokenizer.pt":
-                yield case(name, {k: v for k, v in good.items() if k != key})
-            for value in absurd:
-                if key not in ("labels", "ema", "torch"):
-                    yield case(name, good | {key: value})
-        for key in good["config"]:
-            yield case(name, good | {"config": {k: v for k, v in good["config"].items() if k != key}})
-            for value in absurd:
-                yield case(name, good | {"config": good["config"] | {key: value}})
         for key, tensor in list(good["model"].items())[:3]:
-            for value in (None, "x", torch.zeros(()), torch.zeros(1).expand(10**6, 10**6), tensor * float("nan"),
-                          tensor.to(torch.complex64), tensor[:1], tensor.double() * 1e300):
+            for value in (None, "x", torch.zeros(()), tensor[:1], tensor[None]):
                 yield case(name, good | {"model": dict(good["model"]) | {key: value}})
             yield case(name, good | {"model": {k: v for k, v in good["model"].items() if k != key}})
         yield case(name, good | {"model": dict(good["model"]) | {"stray": torch.ones(1)}})
+        yield case(name, [1, 2])
         yield case(name, good | {"args": Code(marker)})
         yield case(name, Code(marker))
-        for other in ("statistics.npz", "samples.npz", "image.png", "codes.bin", "vgg.pt", "prior.pt", "tokenizer.pt"):
-            if other != name:
+        for other in ("statistics.npz", "samples.npz", "image.png", "metrics.jsonl", "vgg.pt", "prior.pt",
+                      "tokenizer.pt"):
+            if other != name and not (name == "run.pt" and other == "vgg.pt"):
                 yield f"{name} is {other}", readers[name], folder / other
-    state = torch.load(folder / "run.pt", weights_only=True)
-    for moment in (torch.ones(3, 3), torch.ones(1)):
-        optimizer = state["optimizer"]
-        yield case("run.pt", state | {"optimizer": optimizer | {"state": {
-            k: v | {"exp_avg": moment} for k, v in optimizer["state"].items()}}})
     for name in ("vgg.pt", "statistics.npz", "samples.npz"):
         (folder / "code.pkl").write_bytes(pickle.dumps(Code(marker)))
         yield f"a pickle as {name}", readers[name], folder / "code.pkl"
     evil = np.array([Code(marker)] * 8, dtype=object)
     for i, arrays in enumerate((dict(arr_0=evil), dict(arr_0=np.zeros((8, 8, 8, 3), np.uint8), arr_1=evil),
-                                dict(mu=evil, sigma=np.eye(8)), dict(mu=np.zeros(8), sigma=np.eye(8), words=evil))):
+                                dict(mu=evil, sigma=np.eye(8)),
+                                dict(mu=np.zeros(8), sigma=np.eye(8), description=evil))):
         np.savez(folder / f"evil{i}.npz", **arrays)
         yield f"npz with code {i}", readers["samples.npz" if i < 2 else "statistics.npz"], folder / f"evil{i}.npz"
     eye = np.eye(8)
@@ -395,12 +343,6 @@ def crafted(folder, readers):
         np.savez(folder / f"samples{i}.npz", **arrays)
         if i:  # no sample at all is for fid.Images to refuse
             yield f"samples {i}", lambda path: fid.Samples(str(path)), folder / f"samples{i}.npz"
-    for shape in ((10**9, 10**6, 10**6, 3), (-1, 8, 8, 3), (2**63, 2**63, 2, 3)):  # a header that promises too much
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-        with zipfile.ZipFile(folder / f"{shape[0]}.npz", "w") as file:
-            file.writestr("arr_0.npy", header.getvalue() + bytes(100))
-        yield f"samples of shape {shape}", readers["samples.npz"], folder / f"{shape[0]}.npz"
 
 
 def fuzz(n, folder, rng):
@@ -419,8 +361,6 @@ def fuzz(n, folder, rng):
         yield f"damage: {name}", n, failures
     faults, count = [], 0
     for name, load, path in crafted(folder, {name: load for name, load, _ in files}):
-        if n < 50 and rng.random() > 0.1:  # the test-suite's share
-            continue
         count += 1
         if fault := outcome(load, path, None, changes_show=False):
             faults.append(f"{name}: {fault}")
@@ -464,10 +404,10 @@ def soak(seconds, folder):
             with open(os.devnull, "w") as null:
                 sys.stdout, out = null, sys.stdout
                 try:
-                    __import__(sys.argv[0][:-3]).main()
+                    importlib.import_module(sys.argv[0][:-3]).main()
                 finally:
                     sys.stdout = out
-                    for number in (signal.SIGINT, signal.SIGTERM):  # they hold the Run, and it its lock
+                    for number in (signal.SIGINT, signal.SIGTERM):  # they hold the Run
                         signal.signal(number, signal.SIG_DFL)
         for name in ("tokenizer", "prior", "samples"):
             shutil.rmtree(folder / name)
@@ -497,8 +437,9 @@ def main():
     parser.add_argument("--soak", type=int, default=0, help="seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the damage")
     args = parser.parse_args()
-    data.Shapes.SIZES = {"train": 40, "val": 8}
-    train_prior.CHUNK = 4  # many chunks, so that kills fall between and into them
+    Shapes.SIZES = {"train": 40, "val": 8}
+    chunks = runtime.chunks  # many, so that kills fall between and into them
+    runtime.chunks = lambda folder, rows, size: chunks(folder, rows, min(size, 4))
     rng, folder, failed = random.Random(args.seed), Path(tempfile.mkdtemp(prefix="trials-")), 0
     rows = [*([kills(args.kills, folder / "kills", rng)] if args.kills else []),
             *([fuzz(args.fuzz, folder / "fuzz", rng)] if args.fuzz else []),

@@ -1,9 +1,9 @@
 """What a run costs, and how that grows. Sizes as in bench.py, by the same flags.
 
-    python costs.py --hours 200              # GPU-hours of Tables 9 and 10 at 200 TFLOP/s: counted, needs no GPU
-    python costs.py --hours 150 130 250      # ... phase 1, phase 2 and the transformers at rates of their own
-    python costs.py --growth                 # time and memory of a step against image size, batch and K
-    python costs.py --scaling                # one process against many, and what of it is communication
+    python benchmarks/costs.py --hours 200              # GPU-hours of Tables 9 and 10 at 200 TFLOP/s: counted, no GPU
+    python benchmarks/costs.py --hours 150 130 250      # ... phase 1, phase 2 and the transformers at their own rates
+    python benchmarks/costs.py --growth                 # time and memory of a step against image size, batch and K
+    python benchmarks/costs.py --scaling                # one process against many, and what of it is communication
 """
 import json
 import os
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 
+import bench  # puts the folder above on sys.path
 import torch
-
-import bench
-import runtime
 from bench import Tokenizer
+
+import runtime
 
 # Tables 9 and 10: what is trained, steps, batch.
 RUNS = [("ImageNet", "phase 1", 500_000, 256), ("ImageNet", "phase 2", 200_000, 128),
@@ -31,18 +32,13 @@ RUNS = [("ImageNet", "phase 1", 500_000, 256), ("ImageNet", "phase 2", 200_000, 
           (("LSUN cat", 256), ("LSUN bedroom", 256), ("LSUN church", 64)) for kind in ("AR", "NAR")]]
 
 
-def but(args, **changed):
-    return Namespace(**vars(args) | changed)
-
-
 def hours(rates):
     """A run's GPU-hours: its images x TFLOP an image, counted at 256 x 256, / TFLOP/s."""
-    args = Namespace(**bench.SIZES["paper"] | {"batch_size": 4, "tokens": 256})
+    args = Namespace(**bench.SIZES["paper"] | {"batch_size": 4, "tokens": 256, "compile": False})
     tflop = {f"phase {phase}": Tokenizer.tflop(args, phase)[0] / 4 for phase in (1, 2)}
-    for size in ("base", "large"):
+    for args.prior in ("base", "large"):
         for kind in ("AR", "NAR"):
-            tflop[f"{kind} {size}"] = bench.count(
-                lambda cpu, kind=kind, size=size: bench.prior(but(args, prior=size), kind.lower(), cpu)) / 4
+            tflop[f"{kind} {args.prior}"] = bench.count_tflop(partial(bench.prior, args, kind.lower())) / 4
     print(f"{'':26} {'million images':>15} {'TFLOP/image':>12} {'TFLOP/s':>8} {'GPU-hours':>10}")
     for name, what, steps, batch in RUNS:
         rate = rates[{"phase 1": 0, "phase 2": 1}.get(what, 2)]
@@ -59,8 +55,8 @@ def growth(args, device):
                                      ("codebook_size", "1 + c K", b, (256, 1024, 4096, 16384))):
         first = None
         for value in values:
-            now = but(args, **{"batch_size": batch, name: value})
-            (seconds, _, peak), (tflop, _) = Tokenizer(now, device).time(args.seconds), Tokenizer.tflop(now)
+            changed = Namespace(**vars(args) | {"batch_size": batch, name: value})
+            (seconds, _, peak), (tflop, _) = Tokenizer(changed, device).time(args.seconds), Tokenizer.tflop(changed)
             first = first or (seconds, tflop)
             print(f"{f'{name} {value} (law: {law})':34} {1000 * seconds:10.1f} {seconds / first[0]:8.2f} "
                   f"{tflop / first[1]:12.2f} {peak:8.0f}", flush=True)
@@ -68,17 +64,17 @@ def growth(args, device):
 
 def worker(args, device):
     """Of each training step, median ms and ms in communication, as a line of JSON from process 0."""
-    spent, real, found = 0.0, runtime.sum_over_processes, {}
+    spent, all_reduce, found = 0.0, torch.distributed.all_reduce, {}
 
-    def timed(tensor):  # all communication within a step; to wait for the slower process is part of it
+    def timed(*words, **options):  # all communication within a step; to wait for the slower process is part of it
         nonlocal spent
         bench.synchronize(device)
         begin = time.perf_counter()
-        real(tensor)
+        all_reduce(*words, **options)
         bench.synchronize(device)
         spent += time.perf_counter() - begin
-        return tensor
-    runtime.sum_over_processes = timed
+
+    torch.distributed.all_reduce = timed
     steps = {"tokenizer, phase 1": Tokenizer(args, device).step, "AR prior": bench.prior(args, "ar", device)}
     for name, step in steps.items():
         times = []
@@ -95,8 +91,8 @@ def worker(args, device):
 def scaling(args, device):
     """The same batch for each process: a step should take as long on many as on one."""
     n = args.processes or (torch.cuda.device_count() if device.type == "cuda" else os.cpu_count())
-    names = ("size", "image_size", "batch_size", "codebook_size", "prior", "device")
-    flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name)]
+    names = ("image_size", "batch_size", "codebook_size", "prior", "device", *["size"] * bool(args.size))
+    flags = [f"--{name}={getattr(args, name)}" for name in names] + ["--compile" if args.compile else "--no-compile"]
     environment = os.environ | ({} if device.type == "cuda" else {"OMP_NUM_THREADS": "1"})  # one process, one core
     found = []
     for processes in (1, n):
@@ -129,8 +125,7 @@ def main():
     if args.hours:
         hours(args.hours * (3 if len(args.hours) == 1 else 1))
     if args.growth or args.scaling:
-        device = runtime.setup(args.device)
-        bench.settle(args, device)
+        device = bench.setup(args)
         if "RANK" in os.environ:  # started by `scaling`
             return worker(args, device)
         if args.scaling:
