@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # as dist.nn: not imported by itself
+import torch.distributed.nn
 
 # ------------------------------------------------------------------------------------ ending with a sentence
 
@@ -44,6 +45,11 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
         # Under torchrun other processes may wait in a collective: leave at once, and torchrun ends them.
         os._exit(code) if world() > 1 else sys.exit(code)
+    except Exception:
+        if world() == 1:
+            raise
+        traceback.print_exc()
+        os._exit(1)  # likewise, without waiting for the data workers
     if world() > 1:
         # destroy_process_group() of gloo hangs in torch 2.6 every other time: all are done, so leave without it.
         barrier()
@@ -386,6 +392,9 @@ class Run:
     def save(self, step, path=None, **state):
         """Write ckpt.pt (or `path`): plain tensors, numbers and strings, readable with weights_only=True."""
         if is_main():
+            if not all(value.isfinite().all() for value in state["model"].values()):
+                raise BadInput(f"the weights are not finite after step {step} and are not saved: continue from the "
+                               f"last checkpoint with --resume and a lower --lr")
             state = {"kind": self.kind, "args": vars(self.args), "step": step, "torch": str(torch.__version__), **state}
             save_file(path or self.ckpt, lambda file: torch.save(state, file))
         barrier()

@@ -60,7 +60,9 @@ def parse():
         raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
     if not (args.tokenizer or args.teacher_forced):
         raise BadInput(f"--{'prior' if args.prior else 'noise'} needs --tokenizer")
-    if args.prior and len({*args.out}) != len(args.tokenizer):
+    if args.noise and len(args.tokenizer) > 1:
+        raise BadInput("--noise looks at the codes of one --tokenizer")
+    if args.prior and not len({*args.out}) == len(args.out) == len(args.tokenizer):
         raise BadInput("--out: give one folder for each file of --tokenizer, each another")
     return args
 
@@ -121,12 +123,14 @@ def draw(args, device):
     # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
-    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
+    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels, "png": args.png,
                 "prior": args.prior, "prior_step": state["step"], "prior_sha256": runtime.sha256(args.prior),
                 "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
                 "torch": str(torch.__version__)}
     part = outs[0] / f"part-{hashlib.sha256(json.dumps([settings, args.out]).encode()).hexdigest()[:12]}"
+    for other in set(outs[0].glob("part-*")) - {part}:
+        raise BadInput(f"{other} holds unfinished samples of other flags: give those, remove it, or use another --out")
     for out in outs:  # part is there if this very run was killed between its last two files
         if (out / "samples.npz").exists() and not part.exists():
             raise BadInput(f"{out} already holds samples: choose another --out")

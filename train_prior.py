@@ -194,7 +194,7 @@ def main():
     b = runtime.micro_batch(args)
     run = runtime.Run(args, "prior")
     tokenizer = load_tokenizer(args.tokenizer, device)
-    args.image_size, K = tokenizer.image_size, tokenizer.quantizer.K
+    args.image_size, args.made_of, K = tokenizer.image_size, fingerprint(tokenizer), tokenizer.quantizer.K
     source, val, val_n = data.open_data(args)
     if args.classes and not 0 < len(source.classes) <= args.classes:
         raise BadInput(f"--data {args.data} has {len(source.classes)} classes, --classes says {args.classes}: use "
@@ -208,7 +208,7 @@ def main():
         Codes(*encode_dataset(folder / name, images, tokenizer, crop, views, n, args, device), views, args, device)
         for name, images, crop, views, n in (("train", source, args.crop, args.views, 0),
                                              ("val", val, "center", 1, val_n)))
-    N, grid, made_of = codes.codes.shape[1], args.image_size // tokenizer.f, fingerprint(tokenizer)
+    N, grid = codes.codes.shape[1], args.image_size // tokenizer.f
     del tokenizer
 
     # ---- model and optimizer. Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
@@ -222,7 +222,7 @@ def main():
         start = state["step"]
         if ema:
             ema.n_averaged.fill_(start)
-    best = min((line["loss"] for line in run.lines if line["split"] == "val"), default=math.inf)
+    best = min((v["loss"] for v in run.lines if v["split"] == "val" and v["loss"] is not None), default=math.inf)
     H = unigram_entropy(codes.codes, K)
     if runtime.is_main():
         print(f"{len(codes.codes)} rows of {N} codes, {len(val_codes.codes)} for validation; "
@@ -232,7 +232,7 @@ def main():
 
     def save(step, path=None):
         run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 ema=ema and ema.module.state_dict(), tokenizer=made_of, grid=grid, classes=list(source.classes))
+                 ema=ema and ema.module.state_dict(), tokenizer=args.made_of, grid=grid, classes=list(source.classes))
 
     def evaluate(step):
         nonlocal best
