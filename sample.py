@@ -123,7 +123,8 @@ def draw(args, device):
     # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
-    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels, "png": args.png,
+    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
+                "png": args.png,
                 "prior": args.prior, "prior_step": state["step"], "prior_sha256": runtime.sha256(args.prior),
                 "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
