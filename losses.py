@@ -121,17 +121,72 @@ class PerceptualLoss(nn.Module):
 
 # ------------------------------------------------------------------------------------------ discriminator
 
+class Convolve(torch.autograd.Function):
+    """F.conv2d whose derivatives are this function, `Transpose` and one weight gradient, and nothing else.
+
+    PyTorch's second derivative of a convolution, which R1 needs, also forms the gradient through the weight gradient:
+    convolutions whose kernel is a whole feature map. Here no weight gradient is formed while a graph of the gradient
+    is made (create_graph), which R1's inner derivative, that of the image alone, does not need."""
+
+    @staticmethod
+    def forward(ctx, x, w, stride, padding, groups):
+        ctx.save_for_backward(x, w)
+        ctx.options = stride, padding, groups
+        return F.conv2d(x, w, None, stride, padding, 1, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return (Transpose.apply(grad, w, x.shape, *ctx.options) if ctx.needs_input_grad[0] else None,
+                weight_gradient(ctx, x, w, grad), None, None, None)
+
+
+class Transpose(torch.autograd.Function):
+    """Convolve's transpose: gradient of its output -> gradient of its input, of `shape`."""
+
+    @staticmethod
+    def forward(ctx, grad, w, shape, stride, padding, groups):
+        ctx.save_for_backward(grad, w)
+        ctx.options = stride, padding, groups
+        cut = [shape[i] - ((grad.shape[i] - 1) * stride - 2 * padding + w.shape[i]) for i in (2, 3)]
+        x = F.conv_transpose2d(grad, w, None, stride, padding, cut, groups)
+        # torch.nn.grad.conv2d_input would give back channels first, and each layer would pay for two changes of layout
+        channels_last = grad.is_contiguous(memory_format=torch.channels_last)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    @staticmethod
+    def backward(ctx, x):
+        grad, w = ctx.saved_tensors
+        return (Convolve.apply(x, w, *ctx.options) if ctx.needs_input_grad[0] else None,
+                weight_gradient(ctx, x, w, grad), None, None, None, None)
+
+
+def weight_gradient(ctx, x, w, grad):
+    if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
+        return torch.nn.grad.conv2d_weight(x, w.shape, grad, *ctx.options[:2], 1, ctx.options[2])
+
+
+def conv2d(x, w, stride=1, padding=0, groups=1):
+    """F.conv2d by `Convolve`; under autocast in its type, as F.conv2d."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return Convolve.apply(x.to(dtype), w.to(dtype), stride, padding, groups)
+
+
 class EqualConv(nn.Module):
     """Convolution with equalised learning rate: weights N(0, 1), scaled by 1/sqrt(fan-in) when used."""
+
+    conv2d = staticmethod(conv2d)
 
     def __init__(self, c_in, c_out, side, stride=1, padding=0, bias=True):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in, side, side))
-        self.bias = nn.Parameter(torch.zeros(c_out)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(c_out, 1, 1)) if bias else None
         self.scale, self.stride, self.padding = 1 / math.sqrt(c_in * side * side), stride, padding
 
     def forward(self, x):
-        return F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding)
+        h = self.conv2d(x, self.weight * self.scale, self.stride, self.padding)
+        return h if self.bias is None else h + self.bias.to(h.dtype)
 
 
 class EqualLinear(nn.Module):
@@ -148,39 +203,10 @@ def lrelu(x):
     return F.leaky_relu(x, 0.2) * math.sqrt(2)  # the gain keeps the variance
 
 
-class BlurFunction(torch.autograd.Function):
-    """A depthwise convolution with a fixed kernel. PyTorch's own second derivative (R1 needs it) runs one convolution
-    per channel, for the gradient of a kernel that wants none; here it is the same convolution again."""
-
-    @staticmethod
-    def forward(ctx, x, kernel, stride, padding):
-        ctx.save_for_backward(kernel)
-        ctx.shape, ctx.options = x.shape, (stride, padding)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, kernel, None, stride, padding, groups=x.shape[1])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return BlurGradient.apply(grad, *ctx.saved_tensors, ctx.shape, *ctx.options), None, None, None
-
-
-class BlurGradient(torch.autograd.Function):
-    """BlurFunction's transpose: gradient of its output -> gradient of its input."""
-
-    @staticmethod
-    def forward(ctx, grad, kernel, shape, stride, padding):
-        ctx.save_for_backward(kernel)
-        ctx.options = stride, padding
-        with torch.autocast(grad.device.type, enabled=False):
-            return torch.nn.grad.conv2d_input(shape, kernel, grad, stride, padding, groups=shape[1])
-
-    @staticmethod
-    def backward(ctx, x):
-        return BlurFunction.apply(x, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
 class Blur(nn.Module):
     """[1, 3, 3, 1] in both directions, normalised."""
+
+    conv2d = staticmethod(conv2d)
 
     def __init__(self, channels, padding, stride=1):
         super().__init__()
@@ -189,7 +215,7 @@ class Blur(nn.Module):
         self.padding, self.stride = padding, stride
 
     def forward(self, x):
-        return BlurFunction.apply(x, self.kernel.to(x.dtype), self.stride, self.padding)
+        return self.conv2d(x, self.kernel, self.stride, self.padding, groups=x.shape[1])
 
 
 class DiscriminatorBlock(nn.Module):

@@ -11,6 +11,7 @@ Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 label
 depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size). Finished batches are kept
 in part/ until then: the same command continues after a kill.
 """
+import argparse
 import hashlib
 import json
 import shutil
@@ -52,6 +53,7 @@ def parse():
     add("--noise", default="", help="images whose codes are compared with those of a noisy copy")
     add("--sigma", type=runtime.weight, default=0.01, help="standard deviation of that noise, images in [0, 1]")
     add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the decoder (default: on a GPU)")
     add("--device", choices=runtime.DEVICES, default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
     if bool(args.prior) + bool(args.teacher_forced) + bool(args.noise) != 1:
@@ -105,6 +107,8 @@ def draw(args, device):
     for path in args.tokenizer:
         prior, tokenizer, state = load_pair(args.prior, path, device)
         tokenizers.append(tokenizer)
+        if args.compile:
+            tokenizer.decoder.compile(dynamic=False)
     classes, outs, size = prior.config["classes"], [Path(out) for out in args.out], tokenizer.image_size
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")
@@ -143,9 +147,10 @@ def draw(args, device):
         ids = torch.arange(rows.start, rows.start + b)
         with runtime.autocast(device, args.dtype), runtime.explain():
             codes = prior.generate(ids, args.seed, None if labels is None else labels[ids % args.n], **options)
-        grid = codes[:len(rows)].unflatten(1, (state["grid"], -1))
-        images = torch.stack([data.to_uint8(t.decode_indices(grid)) for t in tokenizers], 1)  # (b, tokenizers, 3, H, W)
-        images = images.movedim(2, -1).cpu().numpy()
+        # In parts of 64: more images are too many for the attention decoder's kernels on a GPU.
+        parts = codes.unflatten(1, (state["grid"], -1)).split(64)
+        images = [torch.cat([data.to_uint8(t.decode_indices(part)) for part in parts]) for t in tokenizers]
+        images = torch.stack(images, 1).movedim(2, -1)[:len(rows)].cpu().numpy()  # (b, tokenizers, H, W, 3)
         for out, its in zip(outs, images.swapaxes(0, 1)) if args.png else ():
             (out / "png").mkdir(parents=True, exist_ok=True)
             for i, image in zip(rows, its):

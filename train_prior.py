@@ -27,7 +27,8 @@ from train_tokenizer import fingerprint, load_tokenizer
 from transformer import SIZES, Transformer
 
 # Table 10. Paper: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0, start_iter 50,000".
-KIND = {"ar": dict(lr_end=5e-6, decay_start=80_000), "nar": dict(lr_end=0.0, decay_start=50_000)}
+# decay_start is their share of 1,500,000 steps: with 80,000 itself the rate of a shorter run would never decay.
+KIND = {"ar": dict(lr_end=5e-6, decay_start=80 / 1500), "nar": dict(lr_end=0.0, decay_start=50 / 1500)}
 
 
 def parse():
@@ -42,7 +43,7 @@ def parse():
     add("--label_dropout", type=runtime.decay, default=0.0,
         help="share of labels replaced by the null class, for guidance; the paper uses none")
     add("--lr_end", type=runtime.weight, help="learning rate at the last step: 5e-6 for ar, 0 for nar")
-    add("--decay_start", type=runtime.count, help="step at which the decay begins: 80000 for ar, 50000 for nar")
+    add("--decay_start", type=runtime.count, help="step at which the decay begins: 80/1500 of --iters, for nar 50/1500")
     add("--betas", type=runtime.decay, nargs=2, default=[0.9, 0.96], help="AdamW's")
     add("--weight_decay", type=runtime.weight, default=1e-2, help="none on biases, norms, embeddings")
     add("--ema", type=runtime.decay, default=0.0, help="decay of a weight average (0: none)")
@@ -50,9 +51,10 @@ def parse():
     add("--views", type=runtime.positive, help="crops and flips encoded per image: 4; with --crop center: 1")
     add("--codes", default="", help="folder of the code cache, to share it between runs; default: codes/ in --out")
     args = parser.parse_args()
-    for name, value in KIND[args.kind].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    if args.lr_end is None:
+        args.lr_end = KIND[args.kind]["lr_end"]
+    if args.decay_start is None:
+        args.decay_start = round(args.iters * KIND[args.kind]["decay_start"])
     if args.views is None:
         args.views = 1 if args.crop == "center" else 4
     if args.crop == "center" and args.views > 1:
@@ -203,7 +205,7 @@ def main():
     if args.classes and tuple(val.classes) != tuple(source.classes):
         raise BadInput(f"--val {args.val} has other classes than --data {args.data}")
     if args.compile:
-        tokenizer.encoder.compile()
+        tokenizer.encoder.compile(dynamic=False)
     folder = Path(args.codes or run.out / "codes")
     codes, val_codes = (
         Codes(*encode_dataset(folder / name, images, tokenizer, crop, views, n, args, device), views, args, device)
@@ -229,7 +231,7 @@ def main():
         print(f"{len(codes.codes)} rows of {N} codes, {len(val_codes.codes)} for validation; "
               f"ln K {math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
     if args.compile:
-        model.compile()
+        model.compile(dynamic=False)
 
     def save(step, path=None):
         run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),

@@ -31,6 +31,7 @@ PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, betas=[0.9, 0.99], alph
 # The networks' shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
 SHAPE = dict(channels=[128, 128, 256, 256, 512], z_dim=256, codebook="entropy", codebook_size=1024, image_size=256,
              decoder_extra_blocks=0, disc_channels=[128, 512])
+SHOWN = "loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit"  # of the log, in a progress line
 
 
 def parse():
@@ -65,6 +66,7 @@ def parse():
     add("--disc_start", type=runtime.count, default=0, help="step at which the adversarial weight begins to rise")
     add("--disc_ramp", type=runtime.count, help="steps over which it rises: 20000; with --init: 0")
     add("--disc_channels", type=runtime.positive, nargs=2, help="at full resolution, at most")
+    add("--disc_lr", type=runtime.rate, help="the discriminator's learning rate; default: the tokenizer's")
     add("--r1", type=runtime.weight, default=10.0, help="weight of the R1 penalty")
     add("--r1_every", type=runtime.positive, default=16, help="steps between two R1 penalties, each scaled by it")
     add("--ema", type=runtime.decay, default=0.0, help="decay of a weight average (0: none)")
@@ -81,6 +83,7 @@ def parse():
     for name, value in PHASE[args.phase].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.disc_lr = args.disc_lr or args.lr
     if args.lr_end is None:
         args.lr_end = args.lr / 2 if args.phase == 1 else args.lr
     if args.perceptual_layers:
@@ -113,6 +116,16 @@ def resolve_shape(args):
 def build(config):
     """The VQModel of a checkpoint's config."""
     return vq.VQModel(**config | {"quantizer": CODEBOOKS[config["quantizer"]]})
+
+
+def load_init(model, disc, init, args):
+    """Weights of --init, strictly; only attention that the checkpoint's decoder lacks keeps its zero start."""
+    fresh = {f"{name}.{key}": value for name, part in model.named_modules()
+             if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
+    with runtime.explain(f"--init {args.init} does not fit: ", Exception):
+        model.load_state_dict(fresh | (init["ema"] or init["model"]))
+        if disc and init["disc"]:  # a cold discriminator ruins images: phase 1's goes on
+            disc.load_state_dict(init["disc"])
 
 
 def load_tokenizer(path, device="cpu"):
@@ -172,8 +185,7 @@ def tokenizer_step(model, disc, perceptual, xs, args, adv_weight, quantize, aver
     for x in xs:
         with runtime.autocast(x.device, args.dtype):
             if args.phase == 2:
-                with torch.no_grad():
-                    z_q, _, q = model.encode(x)
+                z_q, _, q = encode_fixed(model, x)
                 x_hat = model.decode(z_q)
             elif quantize:
                 x_hat, _, q = model(x)
@@ -201,21 +213,33 @@ def discriminator_step(disc, xs, x_hats, args, penalise, averages):
     """Forward and backward pass of the discriminator on the same images and their reconstructions."""
     disc.requires_grad_(True)
     for x, x_hat in zip(xs, x_hats):
-        if penalise:
-            # R1 in fp32; `forward` goes round the compiled version, which has no second derivative
-            x = x.requires_grad_()
-            real_logits = disc.forward(x)
         with runtime.autocast(x.device, args.dtype):
-            if not penalise:
-                real_logits = disc(x)
-            fake_logits = disc(x_hat)
+            real_logits, fake_logits = disc(x), disc(x_hat)
         loss = losses.discriminator_loss(real_logits, fake_logits)
         averages.add(disc=loss, real_logit=real_logits.mean(), fake_logit=fake_logits.mean())
-        if penalise:
-            r1 = losses.r1_penalty(real_logits, x)
-            loss = loss + args.r1 / 2 * args.r1_every * r1
-            averages.add(r1=r1)
         (loss / len(xs)).backward()
+        if penalise:
+            # In fp32, on a GPU TF32: a penalty does not need more digits. `forward` goes round the compiled version,
+            # which has no second derivative.
+            with runtime.tf32():
+                x = x.requires_grad_()
+                r1 = losses.r1_penalty(disc.forward(x), x)
+                (args.r1 / 2 * args.r1_every * r1 / len(xs)).backward()
+            averages.add(r1=r1)
+
+
+@torch.no_grad()
+def encode_fixed(model, x):
+    """Phase 2's codes, from the fixed encoder in fp32 (on a GPU TF32): priors learn fp32 codes, and of a bf16 encoder's
+    one in a hundred is another."""
+    with torch.autocast(x.device.type, enabled=False), runtime.tf32():
+        return model.encode(x)
+
+
+def report_tf32(model, x):
+    changed = encode_fixed(model, x)[1] != model.encode(x)[1]
+    if runtime.is_main():
+        print(f"{100 * changed.float().mean():.2f} % of the codes are others in TF32 than in fp32", flush=True)
 
 
 @torch.no_grad()
@@ -228,8 +252,9 @@ def start_codes(model, x, args):
 
 
 @torch.no_grad()
-def validate(model, perceptual, loader, device, args, picture, bad):
-    """Means over the validation set, usage and perplexity of the codes; inputs over reconstructions go to `picture`."""
+def validate(model, perceptual, loader, full, device, args, picture, bad):
+    """Means over the validation set (batches of `full` images and a last one), usage and perplexity of the codes;
+    inputs over reconstructions go to `picture`."""
     model.eval()
     names = ["l1", "psnr", "perceptual", *perceptual.weights]
     total, histogram = torch.zeros(len(names) + 1, device=device), torch.zeros(model.quantizer.K, device=device)
@@ -238,7 +263,9 @@ def validate(model, perceptual, loader, device, args, picture, bad):
         x = data.to_float(images[index >= 0], device)
         if not len(x):
             continue
-        with runtime.autocast(device, args.dtype):
+        # A last batch of another size runs uncompiled: it is not worth a graph of its own.
+        stance = "default" if len(images) == len(x) == full else "force_eager"
+        with runtime.autocast(device, args.dtype), torch.compiler.set_stance(stance):
             x_hat, indices, _ = model(x)
             loss, layers = perceptual(x_hat, x)
         x_hat = x_hat.float().clamp(-1, 1)
@@ -260,7 +287,7 @@ def validate(model, perceptual, loader, device, args, picture, bad):
 def main():
     args = parse()
     device = runtime.setup(args)
-    runtime.micro_batch(args)
+    b = runtime.micro_batch(args)
     run = runtime.Run(args, "tokenizer")
     init = resolve_shape(args)
     source, val, val_n = data.open_data(args)
@@ -278,13 +305,8 @@ def main():
     with runtime.explain():
         model = build(config)
     disc = losses.Discriminator(args.image_size, args.disc_channels) if args.adv_weight else None
-    if init:  # strictly; only attention that the checkpoint's decoder lacks keeps its zero start
-        fresh = {f"{name}.{key}": value for name, part in model.named_modules()
-                 if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
-        with runtime.explain(f"--init {args.init} does not fit: ", Exception):
-            model.load_state_dict(fresh | (init["ema"] or init["model"]))
-            if disc and init["disc"]:  # a cold discriminator ruins images: phase 1's goes on
-                disc.load_state_dict(init["disc"])
+    if init:
+        load_init(model, disc, init, args)
     model = model.to(device, memory_format=torch.channels_last)
     model.quantizer.mean = runtime.mean_over_processes
     if isinstance(model.quantizer, KMeans):
@@ -309,15 +331,16 @@ def main():
         start = state["step"]
         if ema:
             ema.n_averaged.fill_(start)
-    init = state = None  # a gigabyte at the paper's size
+    del init, state  # a gigabyte at the paper's size
     if args.compile:  # parts, not the whole: the quantizer (fp32, a collective inside) stays as it is
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
-            part.compile()
+            part.compile(dynamic=False)  # else a validation's batch size makes all later steps run with dynamic shapes
 
-    train_images = data.TrainImages(source, args.image_size, args.crop, args.seed)
-    batches = iter(data.train_loader(train_images, args, start, device))
-    val_loader = data.eval_loader(data.EvalImages(val, args.image_size), min(64, args.batch_size),
-                                  min(args.workers, 2), device, args.val_n or val_n)
+    images = data.TrainImages(source, args.image_size, args.crop, args.seed)
+    batches = iter(data.train_loader(images, args, start, device))
+    full = min(64, b)  # more images at once than 64 are too many for the attention decoder's kernels
+    val_loader = data.eval_loader(data.EvalImages(val, args.image_size), full, min(args.workers, 2), device,
+                                  args.val_n or val_n)
     bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
     guard_g, guard_d = runtime.Guard(device), runtime.Guard(device)
 
@@ -328,7 +351,7 @@ def main():
 
     def evaluate(step):
         picture = run.out / "samples" / f"{step:07}.png"
-        values = validate(ema.module if ema else model, perceptual, val_loader, device, args, picture, bad_val)
+        values = validate(ema.module if ema else model, perceptual, val_loader, full, device, args, picture, bad_val)
         values = run.log(step, "val", **values)
         run.progress(step, **{"val " + k: values[k] for k in ("l1", "psnr", "perceptual", "usage", "perplexity")})
         if values["usage"] < 0.5 and runtime.is_main():
@@ -348,6 +371,8 @@ def main():
             images, _, index = next(batches)
             bad(index)
             xs.append(data.to_float(images, device))  # (b, 3, S, S) in [-1, 1]
+        if args.phase == 2 and step == start and device.type == "cuda":
+            report_tf32(model, xs[0])
         if step and step == args.vq_start:
             start_codes(model, xs[0], args)
 
@@ -357,7 +382,7 @@ def main():
             ema.update_parameters(model)
         if disc:
             discriminator_step(disc, xs, x_hats, args, args.r1 and step % args.r1_every == 0, averages)
-            guard_d.step(opt_d, lr)
+            averages.add(grad_norm_d=guard_d.step(opt_d, lr * args.disc_lr / args.lr))
 
         done, broken = step + 1, False
         if run.due(done, args.log_every):
@@ -365,8 +390,7 @@ def main():
             broken = broken or broken_d
             values = run.log(done, "train", lr=lr, adv_weight=adv_weight, skipped=skipped, skipped_d=skipped_d,
                              **averages.means())
-            shown = ("loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit")
-            run.progress(done, **{name: values[name] for name in shown if name in values})
+            run.progress(done, **{name: values[name] for name in SHOWN if name in values})
         if run.after_step(done, broken, save, evaluate):
             return
 

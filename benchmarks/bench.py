@@ -45,7 +45,7 @@ SIZES = {
 # What --naive switches off in `Tokenizer`, one after the other, and what then stands in its place.
 OFF = {"compile": "no torch.compile", "bf16": "fp32", "channels_last": "channels first in memory",
        "fused": "Adam tensor by tensor", "layers": "all six VGG layers, of whatever weight",
-       "frozen": "gradients of VGG's and D's weights, too", "blur": "autograd's own derivatives of the blur",
+       "frozen": "gradients of VGG's and D's weights, too", "conv": "PyTorch's own derivatives of D",
        "lazy": "R1 at every step", "wait": "every loss read at once"}
 FAKE = ("compile", "channels_last")  # off with fake tensors, which can't have them; no count depends on them
 CPU = torch.device("cpu")
@@ -129,7 +129,7 @@ def default_flags(script, *words):
 def compile_parts(*parts):
     torch._dynamo.reset()  # each variant compiles the same code: after eight of them Dynamo would leave it eager
     for part in parts:
-        part.compile()
+        part.compile(dynamic=False)
 
 
 class LoopAdam(torch.optim.Adam):
@@ -161,10 +161,10 @@ class Tokenizer:
         if "frozen" in off:
             self.perceptual.requires_grad_(True)
             self.disc.requires_grad_ = lambda _: self.disc
-        if "blur" in off:
-            for blur in [m for m in self.disc.modules() if isinstance(m, losses.Blur)]:
-                blur.forward = lambda x, blur=blur: F.conv2d(
-                    x, blur.kernel.to(x.dtype), None, blur.stride, blur.padding, groups=x.shape[1])
+        for part in [m for m in self.disc.modules() if isinstance(m, (losses.EqualConv, losses.Blur))]:
+            if "conv" in off:
+                part.conv2d = lambda x, w, stride, padding, groups=1: F.conv2d(x, w.to(x.dtype), None, stride, padding,
+                                                                               1, groups)
         if "lazy" in off:
             flags.r1_every = 1
         if "wait" in off:
