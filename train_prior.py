@@ -1,7 +1,7 @@
 """Train a transformer on a tokenizer's codes (Sec. 3.1.2). The defaults are Table 10's ImageNet column.
 
     python train_prior.py --tokenizer runs/tokenizer/ckpt.pt --classes 10 --size tiny --views 1 --batch_size 16 \\
-           --lr 2e-3 --iters 1000 --workers 2                                          # a CPU, after README's "laptop"
+           --lr 2e-3 --iters 1000 --workers 0                                          # a CPU, after README's "laptop"
     torchrun --nproc_per_node=8 train_prior.py --tokenizer runs/tokenizer/ckpt.pt --kind nar --size large \\
              --data /data/imagenet/train --val /data/imagenet/val
 

@@ -1,7 +1,7 @@
 """Train the tokenizer, SeQ-GAN (Secs. 3.3 and 3.4). The defaults are Table 9's ImageNet column.
 
     python train_tokenizer.py --vgg runs/vgg/ckpt.pt --image_size 32 --channels 16 32 64 --z_dim 32 \\
-           --codebook_size 256 --disc_channels 16 64 --batch_size 16 --lr 1.5e-3 --vq_start 100 --iters 1000 --workers 2
+           --codebook_size 256 --disc_channels 16 64 --batch_size 16 --lr 1.5e-3 --vq_start 100 --iters 1000 --workers 0
     torchrun --nproc_per_node=8 train_tokenizer.py --alpha 1 --data /data/imagenet/train --val /data/imagenet/val
     torchrun --nproc_per_node=8 train_tokenizer.py --phase 2 --init runs/tokenizer/ckpt.pt --out runs/phase2 \\
              --data /data/imagenet/train --val /data/imagenet/val
