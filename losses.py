@@ -167,7 +167,10 @@ def weight_gradient(ctx, x, w, grad):
 
 
 def conv2d(x, w, stride=1, padding=0, groups=1):
-    """F.conv2d by `Convolve`; under autocast in its type, as F.conv2d."""
+    """F.conv2d by `Convolve`; under autocast in its type, as F.conv2d. In a compiled graph F.conv2d itself: R1, which
+    needs more, runs eagerly."""
+    if torch.compiler.is_compiling():
+        return F.conv2d(x, w, None, stride, padding, 1, groups)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return Convolve.apply(x.to(dtype), w.to(dtype), stride, padding, groups)
