@@ -242,7 +242,10 @@ def is_statistics(path):
 def load_statistics(path, net):
     """As `measure`, from a file (n 0: not known). Refuses one that was made with another network or resize."""
     with runtime.explain(f"{path} can't be read as statistics: ", Exception), np.load(path) as arrays:
-        made = {"n": 0, "description": "statistics"} | {key: arrays[key].item() for key in KEYS[2:] if key in arrays}
+        made = {key: arrays[key].item() for key in KEYS[2:] if key in arrays}
+        if len(made) not in (0, 4):  # others' files have none of these
+            raise ValueError(f"a part of {', '.join(KEYS)} is missing")
+        made = {"n": 0, "description": "statistics"} | made
         mu, sigma = (torch.from_numpy(arrays[key].astype(np.float64)) for key in KEYS[:2])
     if sigma.shape != (net.feature_dim, *mu.shape) or not (mu.isfinite().all() and sigma.isfinite().all()):
         raise BadInput(f"{path} has statistics of {mu.numel()} features, not {net.feature_dim}, or they are not finite")

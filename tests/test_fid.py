@@ -529,8 +529,11 @@ def test_bad_statistics(classifier, folders, tmp_path, capsys):
 
     flags = (folders[0], None, "--features", classifier)
     refuse("of 5 features", file(mu=np.zeros(5), sigma=np.eye(5)), *flags)
-    refuse("resize tf1", file(resize="tf1"), *flags)
-    refuse("weights 01234567", file(weights="01234567", resize="none"), *flags)
+    ours = {"n": 9, "description": "d", "resize": "none", "weights": "01234567"}
+    refuse("resize tf1", file(**ours | {"resize": "tf1"}), *flags)
+    refuse("weights 01234567", file(**ours), *flags)
+    for key in ours:
+        refuse("is missing", file(**{name: value for name, value in ours.items() if name != key}), *flags)
     refuse("not finite", file(mu=np.full(8, np.nan)), *flags)
     refuse("Object arrays", file(mu=np.array([{}] * 8, dtype=object)), *flags)
     refuse("holds statistics", file(), None, None, "--save", str(tmp_path / "new.npz"))
