@@ -35,27 +35,29 @@ def run(main):
     """Call `main()`. What the user can fix (BadInput, a full disk, too little GPU memory) becomes one line on stderr
     and exit code 2, without a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no text must not end the run that prints it
+    code = 0
     try:
         main()
+        barrier()
     except (BadInput, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        text, code = " ".join(str(error).split()), 2
+        code, text = 2, " ".join(str(error).split())
         if isinstance(error, KeyboardInterrupt):
-            text, code = "interrupted", 130
+            code, text = 130, "interrupted"
         elif isinstance(error, torch.OutOfMemoryError):
             text = f"out of GPU memory: use a smaller batch, --accum or --recompute ({text[:100]})"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
-        # Under torchrun other processes may wait in a collective: leave at once, and torchrun ends them.
-        os._exit(code) if world() > 1 else sys.exit(code)
     except Exception:
         if world() == 1:
             raise
+        code = 1
         traceback.print_exc()
-        os._exit(1)  # likewise, without waiting for the data workers
     if world() > 1:
-        # destroy_process_group() of gloo hangs in torch 2.6 every other time: all are done, so leave without it.
-        barrier()
+        # Leave without waiting for anything: after an error others may be in a collective (torchrun ends them), data
+        # workers may be at work, and destroy_process_group() of gloo hangs in torch 2.6 every other time.
         sys.stdout.flush()
-        os._exit(0)
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -87,8 +89,8 @@ def number(kind, low, high=math.inf, *, above=False):
     def parse(text):
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            bounds = f"above {low}" if above else f"at least {low}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}" + f" and at most {high}" * (high < math.inf))
+            most = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not {'above' if above else 'at least'} {low}{most}")
         return value
     parse.__name__ = kind.__name__  # argparse names it where the text is no number
     return parse
@@ -339,10 +341,8 @@ def load_file(path, kind=""):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():  # torch.load does not look at the checksums
-                    raise ValueError(f"checksum of {damaged}")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+            raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or holds no weights ({type(error).__name__})") from error
@@ -366,7 +366,7 @@ class Run:
     def __init__(self, args, kind):
         self.args, self.kind, self.out = args, kind, Path(args.out)
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
-        self.signal, self.first, self.last, self.board = 0, None, None, None
+        self.signal, self.clock, self.board = 0, None, None
         if self.ckpt.exists() and not args.resume:
             raise BadInput(f"{args.out} already holds a run: continue it with --resume, or choose another --out")
 
@@ -390,7 +390,6 @@ class Run:
                         part.load_state_dict(state[name])
         # Forget what was logged after the checkpoint, and a line that a kill cut short.
         self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
-        self.logged = {(line["step"], line["split"]) for line in self.lines}
         if is_main():
             save_file(self.metrics, lambda file: file.write("".join(json.dumps(v) + "\n" for v in self.lines).encode()))
             if self.args.tensorboard:
@@ -400,7 +399,8 @@ class Run:
 
     def missed(self, step):
         """Whether a kill came between the checkpoint of `step` and its validation."""
-        return step and self.due(step, self.args.eval_every) and (step, "val") not in self.logged
+        logged = [line["step"] for line in self.lines if line["split"] == "val"]
+        return step and self.due(step, self.args.eval_every) and step not in logged
 
     def save(self, step, path=None, **state):
         """Write ckpt.pt (or `path`): plain tensors, numbers and strings, readable with weights_only=True."""
@@ -427,15 +427,10 @@ class Run:
 
     def progress(self, step, **values):
         """Print one line: step, values, images/s since the last line, time left."""
-        now, speed = time.perf_counter(), ""
-        if self.last and step > self.last[1]:
-            steps_per_s = (step - self.last[1]) / (now - self.last[0])
-            left = (self.args.iters - step) * (now - self.first[0]) / (step - self.first[1])
-            speed = f" | {steps_per_s * self.args.batch_size:.1f} images/s, {duration(left)} left"
-        self.first, self.last = self.first or (now, step), (now, step)
-        if is_main():
-            text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self.args.iters} | {text}{speed}", flush=True)
+        self.clock = self.clock or Progress(self.args.iters, "training", done=step)
+        self.clock.done = step
+        text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self.clock.show(f"step {step}/{self.args.iters} | {text}", self.args.batch_size, " images")
 
     def due(self, step, every):
         return step % every == 0 or step == self.args.iters
@@ -443,9 +438,7 @@ class Run:
     def after_step(self, step, broken, save, evaluate):
         """What is due after a step: save, leave, validate. In this order, so that a signal does not wait for a
         validation. Returns True if a signal ends the run; asking all processes for it does not wait for the GPU."""
-        stop = torch.tensor(self.signal)
-        if world() > 1:
-            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        stop = bool(sum_over_processes(torch.tensor(self.signal)))
         if stop or broken or self.due(step, self.args.save_every):
             save(step)
         if broken:
@@ -455,7 +448,7 @@ class Run:
             print(f"stopped by a signal; {self.ckpt} holds step {step}, continue with --resume", flush=True)
         if not stop and self.due(step, self.args.eval_every):
             evaluate(step)
-        return bool(stop)
+        return stop
 
 
 def read_metrics(path):
@@ -469,21 +462,23 @@ def read_metrics(path):
 
 
 class Progress:
-    """Progress lines for long work that is no training: `progress(n)` after n more are done."""
+    """Progress lines of long work: `progress(n)` after n more are done; at most one line in `every_s`."""
 
-    def __init__(self, total, what, every_s=10):
-        self.total, self.what, self.every_s, self.done = total, what, every_s, 0
-        self.first = self.last = time.perf_counter()
+    def __init__(self, total, what, every_s=10, done=0):
+        self.total, self.what, self.every_s, self.done = total, what, every_s, done
+        self.first = self.last = time.perf_counter(), done
 
     def __call__(self, n):
         self.done += n
-        now = time.perf_counter()
-        if is_main() and now - self.last > self.every_s:
-            self.last, per_s = now, self.done / (now - self.first)
-            print(f"{self.what}: {self.done}/{self.total} | {per_s:.1f}/s, "
-                  f"{duration((self.total - self.done) / per_s)} left", flush=True)
+        if time.perf_counter() - self.last[0] > self.every_s:
+            self.show(f"{self.what}: {self.done}/{self.total}")
 
-
-def duration(seconds):
-    """7265.0 -> '2:01:05'."""
-    return str(timedelta(seconds=int(seconds))).removeprefix("0:")
+    def show(self, text, size=1, unit=""):
+        """Print `text`, the speed since the last line (one done counts as `size`), the time left at the mean speed."""
+        now, (t0, n0), (t1, n1) = time.perf_counter(), self.first, self.last
+        self.last = now, self.done
+        if self.done > n1:
+            left = timedelta(seconds=int((self.total - self.done) * (now - t0) / (self.done - n0)))
+            text += f" | {(self.done - n1) / (now - t1) * size:.1f}{unit}/s, {str(left).removeprefix('0:')} left"
+        if is_main():
+            print(text, flush=True)

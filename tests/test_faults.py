@@ -199,7 +199,7 @@ def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path):
     for damage in (b'\0\0\0\xff}\n', b'[1]\n', b'{"step": 2}\n', b'{"step": "2", "split": "val"}\n', b"7\n"):
         run.metrics.write_bytes(good + damage + late)
         run.resume()
-        assert run.logged == {(1, "train")} and lines(tmp_path, "train") == [{"step": 1, "split": "train"}]
+        assert run.lines == lines(tmp_path, "train") == [{"step": 1, "split": "train"}]
 
 
 def test_a_validation_that_is_no_number_is_logged_and_resumed(script, tokenizer, tmp_path, monkeypatch, signal_in):

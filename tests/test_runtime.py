@@ -205,9 +205,8 @@ def test_after_a_step_comes_saving_then_leaving_then_validating(tmp_path, capsys
 
 
 def test_all_processes_stop_at_the_same_step(tmp_path, monkeypatch):
-    def all_reduce(tensor, op):  # another process has a signal
-        assert op == runtime.dist.ReduceOp.MAX
-        tensor.clamp_(min=15)
+    def all_reduce(tensor):  # another process has a signal
+        tensor += 15
     run = runtime.Run(arguments(tmp_path), "vgg")
     run.resume()
     monkeypatch.setattr(runtime, "world", lambda: 2)
@@ -290,9 +289,26 @@ def test_fused_adam_pairs_weights_and_gradients_in_channels_last():
     assert torch.allclose(a.weight, b.weight, atol=1e-5)
 
 
-def test_cosine_and_durations():
+def test_cosine():
     assert [runtime.cosine(s, 100, 1.0, 0.5) for s in (0, 50, 100)] == pytest.approx([1.0, 0.75, 0.5])
-    assert [runtime.duration(s) for s in (59, 61.9, 7265, 36_000)] == ["00:59", "01:01", "2:01:05", "10:00:00"]
+
+
+def test_progress_lines_show_speed_and_time_left(tmp_path, monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
+    progress = runtime.Progress(3600, "samples")
+    for seconds, n in ((9, 1), (2, 10), (10, 5), (1, 4)):  # a line after more than ten seconds
+        now[0] += seconds
+        progress(n)
+    assert capsys.readouterr().out == ("samples: 11/3600 | 1.0/s, 59:49 left\n"
+                                       "samples: 20/3600 | 0.8/s, 1:05:38 left\n")
+    run = runtime.Run(arguments(tmp_path), "vgg")
+    for seconds, step, values in ((0, 2, {}), (8, 6, {"loss": 0.12345}), (5, 6, {"val loss": 1}), (1, 8, {})):
+        now[0] += seconds
+        run.progress(step, **values)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 2/10 | ", "step 6/10 | loss 0.1235 | 2.0 images/s, 00:08 left", "step 6/10 | val loss 1",
+        "step 8/10 |  | 8.0 images/s, 00:04 left"]
 
 
 # ---------------------------------------------------------------------------------------- flags and processes
