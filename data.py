@@ -14,6 +14,7 @@ processes or workers, and to resume is to start at another step.
 import contextlib
 import hashlib
 import io
+import itertools
 import os
 import signal
 import time
@@ -63,11 +64,9 @@ def open_data(args):
     val = open_source(args.val or "shapes", "val") if args.val or source.drawn else source
     check_size(source, args.image_size, args.data)
     check_size(val, args.image_size, args.val)
-    if val is not source:
-        return source, val, 0
-    if runtime.is_main():
+    if val is source and runtime.is_main():
         print("no --val: the validation figures are of 5,000 training images, and show no overfitting", flush=True)
-    return source, val, 5000
+    return source, val, 5000 if val is source else 0
 
 
 class Folder:
@@ -123,34 +122,27 @@ class Lsun:
     does not survive the move to a worker, and leaves a pickle in the working directory; so it is read here."""
 
     classes, drawn = (), False
-    opened = {}  # path -> (process, database): one for each process and path, and it must not cross a fork
 
     def __init__(self, path):
-        self.path = os.path.realpath(path)
+        self.path = path
         if not (Path(path) / "data.mdb").is_file():
             raise BadInput(f"lsun:{path}: no lmdb there (expected {path}/data.mdb)")
-        with self.begin() as transaction:
+        with self.read() as transaction:
             self.keys = np.array(list(transaction.cursor().iternext(values=False)))
         if not len(self.keys):
             raise BadInput(f"lsun:{path} is empty")
 
-    def begin(self):
-        """A read transaction."""
-        try:
-            import lmdb
-        except ImportError:
-            raise BadInput("lsun:PATH needs the package: pip install lmdb") from None
-        pid, env = Lsun.opened.get(self.path, (None, None))
-        if pid != os.getpid():
-            if env:
-                env.close()  # the parent's: here this only frees the path
-            with runtime.explain(f"lsun:{self.path} can't be opened: ", lmdb.Error):
-                env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
+    @contextlib.contextmanager
+    def read(self):
+        """A read transaction. The database is opened anew each time, which takes 0.1 ms: it must not cross a fork, nor
+        be open twice in one process."""
+        import lmdb
+        with runtime.explain(f"lsun:{self.path} can't be read: ", lmdb.Error), \
+                lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False) as env:
             if os.path.getsize(f"{self.path}/data.mdb") < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
-                env.close()
                 raise BadInput(f"lsun:{self.path} was cut short: download it again")  # to read it would be a bus error
-            Lsun.opened[self.path] = os.getpid(), env
-        return env.begin()
+            with env.begin() as transaction:
+                yield transaction
 
     def __len__(self):
         return len(self.keys)
@@ -162,13 +154,13 @@ class Lsun:
         return f"lsun:{self.path} key {self.keys[i].decode(errors='replace')}"
 
     def signature(self):
-        with self.begin() as transaction:  # of some images the sizes, too: a smaller copy has the same keys
-            some = self.keys[np.unique(np.linspace(0, len(self) - 1, 1000).astype(int))]
+        some = self.keys[np.unique(np.linspace(0, len(self) - 1, 1000).astype(int))]
+        with self.read() as transaction:  # of some images the sizes, too: a smaller copy has the same keys
             sizes = np.array([len(transaction.get(bytes(key))) for key in some])
         return hashlib.sha256(self.keys.tobytes() + sizes.tobytes()).hexdigest()[:16]
 
     def load(self, i, at_least=0):
-        with self.begin() as transaction:
+        with self.read() as transaction:
             return decode(io.BytesIO(transaction.get(bytes(self.keys[i]))), self.name(i), at_least)
 
 
@@ -246,17 +238,14 @@ class TrainImages(Dataset):
 
     def view(self, index, n):
         """Image `index`, cropped and flipped by the generator of (seed, n)."""
-        first, bad, rng = index, -1, np.random.default_rng([self.seed, n])
+        rng = np.random.default_rng([self.seed, n])
         # `resized` cuts out a part: decode a little larger, so that the part still has `size` pixels
         at_least = self.size if self.crop != "resized" else int(np.ceil(self.size / np.sqrt(0.75)))
-        while True:
-            try:
-                image = augment(self.source.load(index, at_least), self.size, self.crop, rng)
-                return to_tensor(image), self.source.label(index), bad
-            except Unreadable:
-                bad, index = first, (index + 1) % len(self.source)
-                if index == first:  # nothing can be read: `Bad` ends the run
-                    return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
+        for i in itertools.chain(range(index, len(self.source)), range(index)):
+            with contextlib.suppress(Unreadable):
+                image = augment(self.source.load(i, at_least), self.size, self.crop, rng)
+                return to_tensor(image), self.source.label(i), -1 if i == index else index
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, index  # nothing is readable: `Bad` ends it
 
 
 class EvalImages(Dataset):
@@ -389,9 +378,8 @@ def main():
     counts = np.bincount([source.label(i) for i in range(len(source))], minlength=len(source.classes))
     print(f"{args.data}: {len(source)} images, {len(source.classes)} classes"
           + "".join(f"\n  {name}: {number}" for name, number in list(zip(source.classes, counts))[:20]))
-    batches, bad, preview = [range(i, min(i + 64, n)) for i in range(0, n, 64)], 0, []
-    shown, progress = set(np.linspace(0, n - 1, 40).astype(int).tolist()), runtime.Progress(n, "decoded")
-    for pixels, labels, index in loader(EvalImages(source, args.image_size), batches, args.workers, device):
+    images, bad, progress = EvalImages(source, args.image_size), 0, runtime.Progress(n, "decoded")
+    for pixels, labels, index in loader(images, [range(n)[i:i + 64] for i in range(0, n, 64)], args.workers, device):
         for image, label, i in zip(pixels, labels.tolist(), index.tolist()):
             if i < 0:
                 bad += 1
@@ -400,10 +388,9 @@ def main():
                 folder = Path(args.out) / (source.classes[label] if source.classes else "")
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:08}.png")
-            preview += [image] if i in shown else []
         progress(len(pixels))
-    if preview:
-        save_grid(args.preview, to_float(torch.stack(preview), device), columns=8)
+    shown = [images[i][0] for i in np.unique(np.linspace(0, n - 1, 40).astype(int)).tolist()]
+    save_grid(args.preview, to_float(torch.stack(shown), device), columns=8)
     print(f"  unreadable: {bad} of {n}; preview in {args.preview}")
     if bad > MAX_BAD * n:
         raise BadInput(f"{bad} of {n} images of {args.data} can't be read: remove or repair them")

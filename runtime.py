@@ -32,14 +32,14 @@ class BadInput(ValueError):
 
 
 def run(main):
-    """Call `main()`. What the user can fix (BadInput, a full disk, too little GPU memory) becomes one line on stderr
+    """Call `main()`. What the user can fix (BadInput, a full disk, a package to install) becomes one line on stderr
     and exit code 2, without a traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file name that is no text must not end the run that prints it
     code = 0
     try:
         main()
         barrier()
-    except (BadInput, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (BadInput, OSError, ModuleNotFoundError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         code, text = 2, " ".join(str(error).split())
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted"
