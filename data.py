@@ -53,8 +53,7 @@ def open_source(spec, split="train"):
 
 
 def open_data(args):
-    """--data and --val of a script that trains -> (training source, validation source, how many images of the latter
-    to use; 0: all)."""
+    """--data and --val -> training source, validation source, how many images of the latter to use (0: all)."""
     began, source = time.perf_counter(), open_source(args.data or "shapes")
     if not args.data:
         args.data, _ = "shapes", [source.load(i, args.image_size) for i in range(5)]
@@ -125,8 +124,6 @@ class Lsun:
 
     def __init__(self, path):
         self.path = path
-        if not (Path(path) / "data.mdb").is_file():
-            raise BadInput(f"lsun:{path}: no lmdb there (expected {path}/data.mdb)")
         with self.read() as transaction:
             self.keys = np.array(list(transaction.cursor().iternext(values=False)))
         if not len(self.keys):
@@ -137,7 +134,7 @@ class Lsun:
         """A read transaction. The database is opened anew each time, which takes 0.1 ms: it must not cross a fork, nor
         be open twice in one process."""
         import lmdb
-        with runtime.explain(f"lsun:{self.path} can't be read: ", lmdb.Error), \
+        with runtime.explain(f"lsun:{self.path} is no lmdb, or can't be read: ", lmdb.Error), \
                 lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False) as env:
             if os.path.getsize(f"{self.path}/data.mdb") < (env.info()["last_pgno"] + 1) * env.stat()["psize"]:
                 raise BadInput(f"lsun:{self.path} was cut short: download it again")  # to read it would be a bus error
@@ -190,8 +187,8 @@ def decode(file, name, at_least=0):
 
 def center(image, size):
     """The validation transform: shorter side to `size`, centre crop. PIL image -> uint8 (size, size, 3)."""
-    w, h = image.size
-    x, y, side = (w - min(w, h)) / 2, (h - min(w, h)) / 2, min(w, h)
+    (w, h), side = image.size, min(image.size)
+    x, y = (w - side) / 2, (h - side) / 2
     # Crop and resize in one: `box` takes the square of the original that the crop of the resized image would show.
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side)))
 
@@ -309,8 +306,7 @@ def choose(total, n):
 
 
 def eval_loader(dataset, batch_size, workers, device, n=0):
-    """All images, or `choose`'s n. Batches are dealt out over the processes in turn; no image comes twice, none is
-    padded in."""
+    """All images, or `choose`'s n, each once. Batches are dealt out over the processes in turn, none is padded."""
     chosen = choose(len(dataset), n)
     batches = [chosen[i:i + batch_size].tolist() for i in range(0, len(chosen), batch_size)]
     return loader(dataset, batches[runtime.rank()::runtime.world()], workers, device)

@@ -127,16 +127,15 @@ def micro_batch(args):
     """Images per process and micro-batch; BadInput if the global batch does not divide."""
     size, rest = divmod(args.batch_size, world() * args.accum)
     if rest:
-        raise BadInput(f"--batch_size {args.batch_size} is not divisible by {world()} process(es) times --accum "
-                       f"{args.accum}: use a multiple of {world() * args.accum}")
+        raise BadInput(f"--batch_size {args.batch_size} is not divisible by {world() * args.accum}, the number of "
+                       f"processes times --accum")
     return size
 
 
 # ------------------------------------------------------------------------------------------------ processes
 
 def setup(args):
-    """Start the process group if torchrun launched this process, resolve --device and --compile, and return the
-    torch.device."""
+    """Start the process group if torchrun launched this process, resolve --device and --compile -> torch.device."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in there if there[name]) if args.device == "auto" else args.device
     if not there[name]:
@@ -303,9 +302,10 @@ def save_file(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise BadInput(f"could not write {path} ({getattr(error, 'strerror', None) or 'is the disk full?'}): free the "
-                       f"disk or fix the permissions and run the same command again (training: with --resume); "
-                       f"{'the previous file is intact' if path.exists() else 'no part of it is left'}") from error
+        reason = getattr(error, "strerror", None) or "is the disk full?"
+        left = "the previous file is intact" if path.exists() else "no part of it is left"
+        raise BadInput(f"could not write {path} ({reason}), {left}: free the disk or fix the permissions and run the "
+                       f"same command again (training: with --resume)") from error
 
 
 def save_json(path, values):
@@ -346,10 +346,10 @@ def load_file(path, kind=""):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
         raise BadInput(f"{path} is damaged or holds no weights ({type(error).__name__})") from error
-    found = state.get("kind") if isinstance(state, dict) else None
+    found = isinstance(state, dict) and state.get("kind")
     if kind and found != kind:
-        raise BadInput(f"{path} holds {f'a {found} checkpoint' if found else 'something else'}, but a {kind} "
-                       f"checkpoint is needed here")
+        what = f"a {found} checkpoint" if found else "something else"
+        raise BadInput(f"{path} holds {what}, but a {kind} checkpoint is needed here")
     return state
 
 
@@ -427,7 +427,7 @@ class Run:
 
     def progress(self, step, **values):
         """Print one line: step, values, images/s since the last line, time left."""
-        self.clock = self.clock or Progress(self.args.iters, "training", done=step)
+        self.clock = self.clock or Progress(self.args.iters, "steps", done=step)
         self.clock.done = step
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
         self.clock.show(f"step {step}/{self.args.iters} | {text}", self.args.batch_size, " images")

@@ -89,8 +89,8 @@ class Run(runtime.Run):
 
 
 class Progress(runtime.Progress):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         probe(self.what, n=0)
 
     def __call__(self, n):

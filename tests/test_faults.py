@@ -252,6 +252,11 @@ def test_faults_of_the_machine_are_one_sentence(stop, monkeypatch, error, text):
     assert text in stop("data")
 
 
+def test_a_package_that_is_missing_is_named(stop, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    assert "lmdb" in stop("data", "--data", f"lsun:{tmp_path}")
+
+
 def test_our_own_faults_show_their_traceback(monkeypatch):
     def fail():
         raise RuntimeError("size mismatch")
