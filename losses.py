@@ -40,19 +40,15 @@ class VGG16(nn.Module):
         self.register_buffer("mean_square", torch.ones(len(LAYERS)), persistent=False)  # used raw
 
     def forward(self, x, layers):
-        out, start = {}, 0
-        h = (x - self.mean) / self.std
+        out, start, h = {}, 0, (x - self.mean) / self.std
         for layer, end in self.ENDS.items():
-            if not any(l in layers for l in LAYERS[LAYERS.index(layer):]):
-                break
-            h = self.features[start:end](h)  # (B, C_l, H_l, W_l)
-            start = end
+            h, start = self.features[start:end](h), end  # (B, C_l, H_l, W_l)
             if layer in layers:
                 out[layer] = h
-        if "logit" in layers:
-            # The whole image, not resized: 8 x 8 features of a 256 x 256 image are pooled to the classifier's 7 x 7.
-            out["logit"] = self.classifier(self.avgpool(self.features[start:](h)).flatten(1))  # (B, 1000)
-        return out
+            if len(out) == len(layers):
+                return out
+        # The whole image, not resized: 8 x 8 features of a 256 x 256 image are pooled to the classifier's 7 x 7.
+        return out | {"logit": self.classifier(self.avgpool(self.features[start:](h)).flatten(1))}  # (B, 1000)
 
 
 class SmallVGG(nn.Module):
@@ -81,7 +77,7 @@ class SmallVGG(nn.Module):
             h = stage(F.max_pool2d(h, 2) if 1 <= i <= 3 else h)
             if layer in layers:
                 out[layer] = h
-            if not {"logit", "penultimate", *LOW[i + 1:]}.intersection(layers):
+            if len(out) == len(layers):
                 return out
         out["penultimate"] = h.mean((2, 3))
         out["logit"] = self.classifier(out["penultimate"])
@@ -98,8 +94,6 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, net, alpha=1.0, layers=None):
         super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha} is outside [0, 1]")
         self.net = net.requires_grad_(False).eval()
         weights = {l: alpha * (l in SEM) + (1 - alpha) * (l in LOW) for l in LAYERS}  # Eq. 4
         if layers:
@@ -122,48 +116,34 @@ class PerceptualLoss(nn.Module):
 # ------------------------------------------------------------------------------------------ discriminator
 
 class Convolve(torch.autograd.Function):
-    """F.conv2d whose derivatives are this function, `Transpose` and one weight gradient, and nothing else.
+    """F.conv2d, or with `shape` its transpose: gradient of its output -> gradient of its input, which has that shape.
+    The derivatives of both are this function and one weight gradient, and nothing else.
 
     PyTorch's second derivative of a convolution, which R1 needs, also forms the gradient through the weight gradient:
     convolutions whose kernel is a whole feature map. Here no weight gradient is formed while a graph of the gradient
     is made (create_graph), which R1's inner derivative, that of the image alone, does not need."""
 
     @staticmethod
-    def forward(ctx, x, w, stride, padding, groups):
+    def forward(ctx, x, w, shape, stride, padding, groups):
         ctx.save_for_backward(x, w)
-        ctx.options = stride, padding, groups
-        return F.conv2d(x, w, None, stride, padding, 1, groups)
+        ctx.shape, ctx.options = shape, (stride, padding, groups)
+        if shape is None:
+            return F.conv2d(x, w, None, stride, padding, 1, groups)
+        cut = [shape[i] - ((x.shape[i] - 1) * stride - 2 * padding + w.shape[i]) for i in (2, 3)]
+        y = F.conv_transpose2d(x, w, None, stride, padding, cut, groups)
+        # torch.nn.grad.conv2d_input would give back channels first, and each layer would pay for two changes of layout
+        channels_last = x.is_contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
     @staticmethod
     def backward(ctx, grad):
-        x, w = ctx.saved_tensors
-        return (Transpose.apply(grad, w, x.shape, *ctx.options) if ctx.needs_input_grad[0] else None,
-                weight_gradient(ctx, x, w, grad), None, None, None)
-
-
-class Transpose(torch.autograd.Function):
-    """Convolve's transpose: gradient of its output -> gradient of its input, of `shape`."""
-
-    @staticmethod
-    def forward(ctx, grad, w, shape, stride, padding, groups):
-        ctx.save_for_backward(grad, w)
-        ctx.options = stride, padding, groups
-        cut = [shape[i] - ((grad.shape[i] - 1) * stride - 2 * padding + w.shape[i]) for i in (2, 3)]
-        x = F.conv_transpose2d(grad, w, None, stride, padding, cut, groups)
-        # torch.nn.grad.conv2d_input would give back channels first, and each layer would pay for two changes of layout
-        channels_last = grad.is_contiguous(memory_format=torch.channels_last)
-        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
-
-    @staticmethod
-    def backward(ctx, x):
-        grad, w = ctx.saved_tensors
-        return (Convolve.apply(x, w, *ctx.options) if ctx.needs_input_grad[0] else None,
-                weight_gradient(ctx, x, w, grad), None, None, None, None)
-
-
-def weight_gradient(ctx, x, w, grad):
-    if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
-        return torch.nn.grad.conv2d_weight(x, w.shape, grad, *ctx.options[:2], 1, ctx.options[2])
+        (x, w), (stride, padding, groups), grad_x, grad_w = ctx.saved_tensors, ctx.options, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = Convolve.apply(grad, w, x.shape if ctx.shape is None else None, stride, padding, groups)
+        if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
+            image, out = (x, grad) if ctx.shape is None else (grad, x)
+            grad_w = torch.nn.grad.conv2d_weight(image, w.shape, out, stride, padding, 1, groups)
+        return grad_x, grad_w, None, None, None, None
 
 
 def conv2d(x, w, stride=1, padding=0, groups=1):
@@ -173,7 +153,7 @@ def conv2d(x, w, stride=1, padding=0, groups=1):
         return F.conv2d(x, w, None, stride, padding, 1, groups)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return Convolve.apply(x.to(dtype), w.to(dtype), stride, padding, groups)
+    return Convolve.apply(x.to(dtype), w.to(dtype), None, stride, padding, groups)
 
 
 class EqualConv(nn.Module):
@@ -241,11 +221,9 @@ def minibatch_stddev(x, group=4):
 
     Any batch size: the last group may be smaller. Consecutive images, so that processes whose share is a multiple of
     4 compute what a single process would. (B, C, H, W) -> (B, C + 1, H, W)"""
-    parts = []
-    for y in x.float().split(group):
-        std = (y.var(0, unbiased=False) + 1e-8).sqrt().mean()
-        parts.append(std.to(x.dtype).expand(len(y), 1, *x.shape[2:]))
-    return torch.cat([x, torch.cat(parts)], 1)
+    std = [(y.var(0, unbiased=False) + 1e-8).sqrt().mean().to(x.dtype).expand(len(y), 1, *x.shape[2:])
+           for y in x.float().split(group)]
+    return torch.cat([x, torch.cat(std)], 1)
 
 
 class Discriminator(nn.Module):

@@ -1,5 +1,4 @@
-"""
-The prior: a transformer that learns p(s|c) over the N codes of an image (Sec. 3.1.2, Table 8).
+"""The prior: a transformer that learns p(s|c) over the N codes of an image (Sec. 3.1.2, Table 8).
 
     python transformer.py        # the parameter counts beside the paper's
 
@@ -28,6 +27,7 @@ SIZES = {  # Table 8; the hidden width of the MLP is 4d
     "large": {"blocks": 24, "heads": 16, "width": 1024},
     "tiny": {"blocks": 4, "heads": 4, "width": 128},  # ours, for a CPU
 }
+GOLDEN = -0x61C8864680B583EB  # SplitMix64's increment, 2^64 / golden ratio
 
 
 class Block(nn.Module):
@@ -74,10 +74,6 @@ class Transformer(nn.Module):
     def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000, dropout=0.1,
                  null_class=False):
         super().__init__()
-        if not 2 <= codebook_size <= 65536:
-            raise ValueError(f"codebook_size is {codebook_size}: use 2 to 65536, what uint16 holds")
-        if null_class and not classes:
-            raise ValueError("null_class without classes: an unconditional model has no label to drop")
         self.config = {"kind": kind, "size": size, "codebook_size": codebook_size, "tokens": tokens,
                        "classes": classes, "dropout": dropout, "null_class": null_class}
         self.kind, self.codebook_size, self.tokens = kind, codebook_size, tokens
@@ -109,11 +105,8 @@ class Transformer(nn.Module):
     def forward(self, indices, labels=None):
         """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
-        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are
-        `mask_id` = K. The label `classes` is the null class.
+        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are `mask_id`.
         """
-        if indices.shape[1] != self.tokens:
-            raise ValueError(f"indices have {indices.shape[1]} tokens an image: the model has {self.tokens}")
         x = self.code(indices[:, :-1] if self.kind == "ar" else indices)
         x = torch.cat([self._prefix(labels, len(indices)), x], 1)  # (B, N, d), NAR (B, N+1, d)
         x = self.drop(x + self.slot.weight)
@@ -135,13 +128,11 @@ class Transformer(nn.Module):
     def corrupt(self, indices, labels, samples, seed=0, label_dropout=0.0):
         """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to predict.
 
-        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted. For guidance a
-        label becomes the null class with probability `label_dropout`. `samples` are B integers: row j's randomness is a
-        function of (seed, samples[j]). Number the samples of a run (step * batch size + row), and any split into
-        processes or micro-batches gives the same masks.
+        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted. For guidance a label
+        becomes the null class with probability `label_dropout`. Row j's randomness is a function of (seed, samples[j]):
+        number the samples of a run (step * batch size + row), and any split into processes or micro-batches gives the
+        same masks.
         """
-        if label_dropout and not self.null_class:
-            raise ValueError(f"label_dropout is {label_dropout}: it needs a model with null_class=True")
         u = uniforms(keys(seed, samples, indices.device), -1, self.tokens + 2)  # no place of `generate`
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
@@ -152,11 +143,8 @@ class Transformer(nn.Module):
 
     def loss(self, logits, indices, mask):
         """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are. Kept apart, since
-        masks differ in size: micro-batches and processes add up both.
-
-        In training mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is silent), so only a loss in eval
-        mode is a likelihood.
-        """
+        masks differ in size: micro-batches and processes add up both. In training mode NAR's targets are smoothed by
+        0.1 (MaskGIT's; the paper is silent), so only a loss in eval mode is a likelihood."""
         smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
         nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
                               label_smoothing=smoothing)
@@ -166,9 +154,8 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch):
         """Keys and values of every block, (blocks, 2, batch, heads, N, d / heads), for `step`."""
-        w, dtype = self.code.weight, self.code.weight.dtype
-        if torch.is_autocast_enabled(w.device.type):
-            dtype = torch.get_autocast_dtype(w.device.type)
+        w, kind = self.code.weight, self.code.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype
         shape = len(self.blocks), 2, batch, self.heads, self.tokens, w.shape[1] // self.heads
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
@@ -184,53 +171,41 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, sample_ids, seed=0, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
                  steps=12, choice_temperature=0.45):
-        """Draw codes -> (B, N) int64 in [0, K). Call `eval()` first. Raises ValueError on arguments out of range.
+        """Draw codes -> (B, N) int64 in [0, K), labels (B,) int64 or None.
 
         sample_ids: B integers. Sample i depends on (seed, i) and its label alone: its random numbers exactly, its
             logits up to rounding. Keep the batch size (pad the last batch) where samples must repeat exactly in bf16.
-        labels: (B,) int64 in [0, classes), or None for an unconditional model.
-        temperature: divides the logits, > 0.
         top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold the share
             p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
         cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
         steps: NAR only: T in [1, N]; 12 in Tables 3 and 4.
         choice_temperature: NAR only, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, 0.65 on the others.
         """
-        N, K, B = self.tokens, self.codebook_size, len(sample_ids)
+        N, K, B, device = self.tokens, self.codebook_size, len(sample_ids), self.code.weight.device
         for wrong, sentence in (
                 (self.training, "generate() in training mode would sample with dropout: call eval() first"),
-                (not temperature > 0, f"temperature is {temperature}: it divides the logits, use > 0"),
-                (not (0 < top_p <= 1 and 0 <= top_k <= K), f"top_p is {top_p}, top_k {top_k}: use 0 < top_p <= 1 and "
-                                                           f"0 (off) <= top_k <= {K}"),
+                (not 0 <= top_k <= K, f"top_k is {top_k}: use 0 (off) to {K}, the number of codes"),
                 (self.kind == "nar" and (top_k or top_p < 1), "top_k and top_p are for AR: use choice_temperature"),
                 (self.kind == "nar" and not 1 <= steps <= N, f"steps is {steps}: use 1 to {N}, the number of tokens"),
-                (cfg < 0 or choice_temperature < 0, f"cfg is {cfg}, choice_temperature {choice_temperature}: use >= 0"),
                 (cfg and not self.null_class, f"cfg is {cfg}: use 0 (off) for a model trained without a null class"),
                 (labels is not None and self.classes and not (0 <= labels.min() and labels.max() < self.classes),
                  f"labels: use 0 to {self.classes - 1}, the classes of the model")):
             if wrong:
                 raise ValueError(sentence)
-        device = self.code.weight.device
-        key = keys(seed, sample_ids, device)
-        if labels is not None:
-            labels = labels.to(device)
+        key, copies = keys(seed, sample_ids, device), 2 if cfg else 1
+        labels = None if labels is None else labels.to(device)
         if cfg:  # the second half of the batch sees the same codes and no class
             labels = torch.cat([labels, torch.full_like(labels, self.classes)])
 
-        def double(x):
-            return torch.cat([x, x]) if cfg else x
-
         def guide(logits):
-            if not cfg:
-                return logits
-            l_c, l_null = logits.chunk(2)
-            return l_c + cfg * (l_c - l_null)
+            l_c, *l_null = logits.chunk(copies)
+            return l_c + cfg * (l_c - l_null[0]) if cfg else l_c
 
         if self.kind == "nar":
             tokens = torch.full((B, N), self.mask_id, device=device)
-            return maskgit(tokens, lambda s: guide(self(double(s), labels)), partial(uniforms, key), steps,
+            return maskgit(tokens, lambda s: guide(self(s.repeat(copies, 1), labels)), partial(uniforms, key), steps,
                            self.mask_id, temperature, choice_temperature)
-        x = self._prefix(labels, B)
+        x = self._prefix(labels, B)  # (B, 1, d), with guidance (2B, 1, d)
         cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
         s = torch.zeros(B, N, dtype=torch.long, device=device)
 
@@ -238,7 +213,7 @@ class Transformer(nn.Module):
             logits = guide(self.step(x, slot, cache))
             code = sample(logits, uniforms(key, slot, K), temperature, top_k, top_p)  # (B,)
             s.index_copy_(1, slot, code[:, None])
-            x.copy_(self.code(double(code))[:, None])
+            x.copy_(self.code(code.repeat(copies))[:, None])
             slot.add_(1)
 
         repeat(next_code, N, device)
@@ -248,23 +223,21 @@ class Transformer(nn.Module):
 def repeat(step, n, device):
     """Call step() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a few hundred small
     kernels one by one takes longer than to run them."""
-    if device.type == "cuda":
-        # The first calls are real ones: libraries set themselves up, and autocast makes the bf16 copies of the weights,
-        # which it keeps as long as the caller's `with autocast` lasts. So the graph must not outlive this function.
-        warm, side = min(n, 3), torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(warm):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # recorded, not run
+    if device.type != "cuda":
+        return [step() for _ in range(n)]
+    # The first calls are real ones: libraries set themselves up, and autocast makes the bf16 copies of the weights,
+    # which it keeps as long as the caller's `with autocast` lasts. So the graph must not outlive this function.
+    warm, side = min(n, 3), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm):
             step()
-        for _ in range(n - warm):
-            graph.replay()
-    else:
-        for _ in range(n):
-            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # recorded, not run
+        step()
+    for _ in range(n - warm):
+        graph.replay()
 
 
 def mix(x):
@@ -272,9 +245,6 @@ def mix(x):
     x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47  # the shifts are logical: the sign must not fill in
     x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
     return x ^ (x >> 31 & 2**33 - 1)
-
-
-GOLDEN = -0x61C8864680B583EB  # SplitMix64's increment, 2^64 / golden ratio
 
 
 def keys(seed, samples, device):

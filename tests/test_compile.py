@@ -100,7 +100,7 @@ def test_gradients_stay_channels_last(groups, side, stride, padding):
             w = torch.empty(64, 64 // groups, side, side, device="cuda", dtype=dtype)
             y = torch.nn.functional.conv2d(x, w, None, stride, padding, 1, groups)
             grad = torch.empty_like(y).to(memory_format=last)
-            back = losses.Transpose.apply(grad, w, x.shape, stride, padding, groups)
+            back = losses.Convolve.apply(grad, w, x.shape, stride, padding, groups)
         assert back.shape == x.shape and back.is_contiguous(memory_format=last)
 
 

@@ -134,11 +134,6 @@ def test_frozen_in_eval_and_deterministic(net):
     assert all(p.grad is None and not p.requires_grad for p in loss.parameters())
 
 
-def test_alpha_outside_is_refused(net):
-    with pytest.raises(ValueError, match="outside"):
-        PerceptualLoss(net, 1.5)
-
-
 def test_missing_or_wrong_weights_are_refused(tmp_path, monkeypatch, vgg, vgg_file, capsys):
     with pytest.raises(BadInput, match="no such file"):
         load_vgg(str(tmp_path / "none.pth"))

@@ -635,19 +635,15 @@ def generate(kind="ar", labels=(0, 1), classes=5, null_class=False, steps=4, **k
     build(kind, classes=classes, null_class=null_class).generate([0, 1], labels=labels, steps=steps, **kwargs)
 
 
-def forward(labels, classes=5, n=9):
-    build("ar", classes=classes)(torch.zeros(2, n, dtype=torch.long), labels)
+def forward(labels, classes=5):
+    build("ar", classes=classes)(torch.zeros(2, 9, dtype=torch.long), labels)
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: generate(top_p=0.0), "top_p is 0.0"),
-    (lambda: generate(top_p=1.1), "top_p is 1.1"),
-    (lambda: generate(top_k=-1), "top_k -1"),
-    (lambda: generate(top_k=14), "top_k 14"),
+    (lambda: generate(top_k=-1), "top_k is -1"),
+    (lambda: generate(top_k=14), "top_k is 14"),
     (lambda: generate("nar", top_k=3), "for AR"),
     (lambda: generate("nar", top_p=0.9), "for AR"),
-    (lambda: generate(temperature=0.0), "temperature is 0.0"),
-    (lambda: generate(temperature=math.nan), "temperature is nan"),
     (lambda: generate("nar", steps=0), "steps is 0"),
     (lambda: generate("nar", steps=10), "steps is 10"),
     (lambda: generate(labels=(0, 5)), "labels: use 0 to 4"),
@@ -660,11 +656,6 @@ def forward(labels, classes=5, n=9):
     (lambda: build("ar").train().generate([0], labels=torch.tensor([0])), "eval()"),
     (lambda: forward(None), "labels: pass one of 5 classes"),
     (lambda: forward(torch.tensor([0, 1]), classes=0), "none if that is 0"),
-    (lambda: forward(torch.tensor([0, 1]), n=8), "8 tokens"),
-    (lambda: build("ar").corrupt(torch.zeros(1, 9), torch.zeros(1), [0], 0, 0.1), "null_class"),
-    (lambda: Transformer("ar", "test", codebook_size=65537), "uint16"),
-    (lambda: Transformer("ar", "test", codebook_size=1), "uint16"),
-    (lambda: Transformer("ar", "test", classes=0, null_class=True), "null_class"),
 ])
 def test_bad_input_is_named_in_one_sentence(call, words):
     with pytest.raises(ValueError) as error:
