@@ -8,22 +8,22 @@
 First every image is encoded once (several crops and flips of each) into codes/ in the run folder, by all processes;
 then training reads only that. docs/settings.md has the command of every column of Table 10.
 """
+import copy
 import hashlib
 import json
 import math
 import shutil
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import Dataset
 
 import data
 import runtime
 import vq
 from runtime import BadInput
-from train_tokenizer import fingerprint, load_tokenizer
+from train_tokenizer import fingerprint, load_tokenizer, update_average
 from transformer import SIZES, Transformer
 
 # Table 10. Paper: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0, start_iter 50,000".
@@ -68,18 +68,15 @@ def parse():
 
 # ------------------------------------------------------------------------------------------- the code cache
 
-class Views(Dataset):
+class Views(data.TrainImages):
     """Row j * views + v: view v of image chosen[j], (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
 
     def __init__(self, source, size, crop, views, n):
-        self.images, self.views = data.TrainImages(source, size, crop, seed=0), views  # not --seed: seeds share a cache
-        self.chosen = data.choose(len(source), n)
-
-    def __len__(self):
-        return len(self.chosen) * self.views
+        super().__init__(source, size, crop, seed=0)  # not --seed: seeds share a cache
+        self.views, self.chosen = views, data.choose(len(source), n)
 
     def __getitem__(self, row):
-        return self.images.view(int(self.chosen[row // self.views]), row)
+        return self.view(int(self.chosen[row // self.views]), row)
 
 
 def encode_dataset(folder, source, model, crop, views, n, args, device):
@@ -87,12 +84,12 @@ def encode_dataset(folder, source, model, crop, views, n, args, device):
 
     They lie in a folder named after all that they depend on, so those of another tokenizer or data set are never taken.
     Chunks are shared out over the processes; those that a killed run has finished are skipped."""
-    N, size = (args.image_size // model.f) ** 2, 256
-    dataset = Views(source, args.image_size, crop, views, n)
-    made_of = [fingerprint(model), source.signature(), len(dataset), crop, views, args.image_size]
+    dataset, size = Views(source, args.image_size, crop, views, n), 256
+    shape = len(dataset.chosen) * views, (args.image_size // model.f) ** 2  # (rows, N)
+    made_of = [fingerprint(model), source.signature(), shape[0], crop, views, args.image_size]
     folder = Path(f"{folder}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}")
     if not (folder / "codes.npy").exists():
-        chunks = runtime.chunks(folder / "chunks", len(dataset), size)
+        chunks = runtime.chunks(folder / "chunks", shape[0], size)
         todo, bad = runtime.pending(chunks), data.Bad(source)
         progress = runtime.Progress(len(todo) * size, f"encoding to {folder}")
         batches = data.loader(dataset, [rows for _, rows in todo], args.workers, device)
@@ -108,40 +105,26 @@ def encode_dataset(folder, source, model, crop, views, n, args, device):
             labels = np.concatenate([np.load(file)["labels"] for file, _ in chunks])
             runtime.save_file(folder / "labels.npy", lambda f: np.save(f, labels))
             parts = (np.load(file)["codes"] for file, _ in chunks)
-            runtime.save_file(folder / "codes.npy",  # last: it says that all is there
-                              lambda f: runtime.write_npy(f, (len(dataset), N), np.uint16, parts))
+            # last: it says that all is there
+            runtime.save_file(folder / "codes.npy", lambda f: runtime.write_npy(f, shape, np.uint16, parts))
             shutil.rmtree(folder / "chunks")
         runtime.barrier()
     return np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
 
 
-class Codes:
-    """Batches from the cache: a function of seed, step and position, as data.TrainImages is for images."""
+@lru_cache(1)
+def epoch_rows(seed, epoch, images, views):
+    """Rows of the cache in the order of an epoch, one view of each image: a function of seed and epoch alone."""
+    rng = np.random.default_rng([seed, epoch, 2])
+    return rng.permutation(images) * views + rng.integers(views, size=images)
 
-    def __init__(self, codes, labels, views, args, device):
-        self.codes, self.labels, self.views, self.args, self.device = codes, labels, views, args, device
-        self.images, self.epoch = len(codes) // views, -1
 
-    def __call__(self, positions):
-        """Positions of the endless stream -> indices (B, N), labels (B,), both int64 on the device."""
-        rows = []
-        for n in positions:
-            epoch, j = divmod(n, self.images)
-            if epoch != self.epoch:
-                self.epoch, rng = epoch, np.random.default_rng([self.args.seed, epoch, 2])
-                self.order = rng.permutation(self.images)
-                self.view = rng.integers(self.views, size=self.images)
-            rows.append(self.order[j] * self.views + self.view[j])
-        return self.rows(np.array(rows))
-
-    def rows(self, rows):
-        indices = self.upload(self.codes[rows])
-        return indices, self.upload(self.labels[rows]) if self.args.classes else None
-
-    def upload(self, array):
-        tensor = torch.from_numpy(array.astype(np.int64))
-        # From pinned memory the copy is asynchronous: else the host would wait for all work that is queued.
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+def fetch(cache, rows, args, device):
+    """Rows of the cache -> indices (B, N), labels (B,) or None, both int64 on the device."""
+    indices, labels = (torch.from_numpy(array[rows].astype(np.int64)) for array in cache)
+    if device.type == "cuda":  # from pinned memory the copy is asynchronous: else the host waits for all queued work
+        indices, labels = indices.pin_memory(), labels.pin_memory()
+    return indices.to(device, non_blocking=True), labels.to(device, non_blocking=True) if args.classes else None
 
 
 def unigram_entropy(codes, K, rows=20_000):
@@ -175,13 +158,13 @@ def prior_step(model, micro_batches, args):
 
 
 @torch.no_grad()
-def validate(model, codes, args, device):
+def validate(model, cache, args, device):
     """Validation loss in nats per token (NAR: per masked token, the same masks every time)."""
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    for first in range(runtime.rank() * 64, len(codes.codes), runtime.world() * 64):
-        rows = np.arange(first, min(first + 64, len(codes.codes)))
-        indices, labels = codes.rows(rows)
+    for first in range(runtime.rank() * 64, len(cache[0]), runtime.world() * 64):
+        rows = np.arange(first, min(first + 64, len(cache[0])))
+        indices, labels = fetch(cache, rows, args, device)
         with runtime.autocast(device, args.dtype):
             tokens, labels, mask = model.corrupt(indices, labels, rows, seed=args.seed + 1)
             loss, count = model.loss(model(tokens, labels), indices, mask)
@@ -207,11 +190,9 @@ def main():
     if args.compile:
         tokenizer.encoder.compile(dynamic=False)
     folder = Path(args.codes or run.out / "codes")
-    codes, val_codes = (
-        Codes(*encode_dataset(folder / name, images, tokenizer, crop, views, n, args, device), views, args, device)
-        for name, images, crop, views, n in (("train", source, args.crop, args.views, 0),
-                                             ("val", val, "center", 1, val_n)))
-    N, grid = codes.codes.shape[1], args.image_size // tokenizer.f
+    cache = encode_dataset(folder / "train", source, tokenizer, args.crop, args.views, 0, args, device)
+    val_cache = encode_dataset(folder / "val", val, tokenizer, "center", 1, val_n, args, device)
+    (rows, N), images, grid = cache[0].shape, len(cache[0]) // args.views, args.image_size // tokenizer.f
     del tokenizer
 
     # ---- model and optimizer. Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
@@ -219,27 +200,25 @@ def main():
     with runtime.explain():
         model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
     optimizer = torch.optim.AdamW(model.param_groups(args.weight_decay), args.lr, args.betas, fused=True)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    ema = copy.deepcopy(model) if args.ema else None
     guard, averages, start = runtime.Guard(device), runtime.Averages(), 0
-    if state := run.resume(model=model, optimizer=optimizer, ema=ema and ema.module):
+    if state := run.resume(model=model, optimizer=optimizer, ema=ema):
         start = state["step"]
-        if ema:
-            ema.n_averaged.fill_(start)
     best = min((v["loss"] for v in run.lines if v["split"] == "val" and v["loss"] is not None), default=math.inf)
-    H = unigram_entropy(codes.codes, K)
+    H = unigram_entropy(cache[0], K)
     if runtime.is_main():
-        print(f"{len(codes.codes)} rows of {N} codes, {len(val_codes.codes)} for validation; "
+        print(f"{rows} rows of {N} codes, {len(val_cache[0])} for validation; "
               f"ln K {math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
     if args.compile:
         model.compile(dynamic=False)
 
     def save(step, path=None):
         run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 ema=ema and ema.module.state_dict(), tokenizer=args.made_of, grid=grid, classes=list(source.classes))
+                 ema=ema and ema.state_dict(), tokenizer=args.made_of, grid=grid, classes=list(source.classes))
 
     def evaluate(step):
         nonlocal best
-        loss = float(f"{validate(ema.module if ema else model, val_codes, args, device):.6g}")
+        loss = float(f"{validate(ema or model, val_cache, args, device):.6g}")
         if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
             best = loss
             save(step, run.out / "best.pt")
@@ -257,13 +236,14 @@ def main():
         micro_batches = []
         for a in range(args.accum):
             first = step * args.batch_size + (a * runtime.world() + runtime.rank()) * b
-            indices, labels = codes(range(first, first + b))
-            micro_batches.append((indices, *model.corrupt(indices, labels, range(first, first + b), args.seed,
-                                                          args.label_dropout)))
+            positions = range(first, first + b)  # of the endless stream, as data.TrainImages has it for images
+            indices, labels = fetch(cache, [epoch_rows(args.seed, n // images, images, args.views)[n % images]
+                                            for n in positions], args, device)
+            micro_batches.append((indices, *model.corrupt(indices, labels, positions, args.seed, args.label_dropout)))
         averages.add(loss=prior_step(model, micro_batches, args))
         averages.add(grad_norm=guard.step(optimizer, learning_rate(step, args)))
         if ema:
-            ema.update_parameters(model)
+            update_average(ema, model, args.ema if step else 0)
 
         done, broken = step + 1, False
         if run.due(done, args.log_every):

@@ -10,12 +10,12 @@ Phase 1 learns encoder, codebook and decoder with the semantic-enhanced perceptu
 compression. Phase 2 fixes encoder and codebook, adds attention to the decoder and finetunes it with alpha = 0: details
 preservation. docs/settings.md has the command of every column of Table 9.
 """
+import copy
 import hashlib
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 import losses
@@ -243,6 +243,14 @@ def report_tf32(model, x):
 
 
 @torch.no_grad()
+def update_average(ema, model, decay):
+    """--ema: weights decay * average + (1 - decay) * new. The first step's are taken as they are, with decay 0."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, new in zip(ema.buffers(), model.buffers()):
+        average.copy_(new)
+
+
+@torch.no_grad()
 def start_codes(model, x, args):
     """--vq_start: the codes begin as K-means of the encoder's outputs on x (of all processes)."""
     with runtime.autocast(x.device, args.dtype):
@@ -319,7 +327,7 @@ def main():
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
         trained = model.decoder
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    ema = copy.deepcopy(model) if args.ema else None
 
     # ---- optimizers. Paper: one line for both networks; the discriminator gets the generator's.
     opt_g = torch.optim.Adam(trained.parameters(), args.lr, args.betas, fused=True)
@@ -327,10 +335,8 @@ def main():
     if disc:
         disc = disc.to(device, memory_format=torch.channels_last)
         opt_d = torch.optim.Adam(disc.parameters(), args.lr, args.betas, fused=True)
-    if state := run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema and ema.module):
+    if state := run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema):
         start = state["step"]
-        if ema:
-            ema.n_averaged.fill_(start)
     del init, state  # a gigabyte at the paper's size
     if args.compile:  # parts, not the whole: the quantizer (fp32, a collective inside) stays as it is
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
@@ -347,11 +353,11 @@ def main():
     def save(step):
         run.save(step, config=config, model=model.state_dict(), opt_g=opt_g.state_dict(),
                  disc=disc and disc.state_dict(), opt_d=disc and opt_d.state_dict(),
-                 ema=ema and ema.module.state_dict())
+                 ema=ema and ema.state_dict())
 
     def evaluate(step):
         picture = run.out / "samples" / f"{step:07}.png"
-        values = validate(ema.module if ema else model, perceptual, val_loader, full, device, args, picture, bad_val)
+        values = validate(ema or model, perceptual, val_loader, full, device, args, picture, bad_val)
         values = run.log(step, "val", **values)
         run.progress(step, **{"val " + k: values[k] for k in ("l1", "psnr", "perceptual", "usage", "perplexity")})
         if values["usage"] < 0.5 and runtime.is_main():
@@ -379,7 +385,7 @@ def main():
         x_hats = tokenizer_step(model, disc, perceptual, xs, args, adv_weight, step >= args.vq_start, averages)
         averages.add(grad_norm=guard_g.step(opt_g, lr))
         if ema:
-            ema.update_parameters(model)
+            update_average(ema, model, args.ema if step else 0)
         if disc:
             discriminator_step(disc, xs, x_hats, args, args.r1 and step % args.r1_every == 0, averages)
             averages.add(grad_norm_d=guard_d.step(opt_d, lr * args.disc_lr / args.lr))

@@ -231,7 +231,7 @@ def prior(args, kind, device):
     flags, guard = default_flags(train_prior, "--tokenizer", "-", "--kind", kind), runtime.Guard(device)
     b, K, N = args.batch_size, args.codebook_size, args.tokens
     random = np.random.default_rng(0).integers
-    codes = train_prior.Codes(random(K, size=(b, N)), random(flags.classes, size=b), 1, flags, device)
+    cache = random(K, size=(b, N)), random(flags.classes, size=b)
     with device:
         model = transformer.Transformer(kind, args.prior, K, N, flags.classes, flags.dropout)
     optimizer = torch.optim.AdamW(model.param_groups(flags.weight_decay), flags.lr, flags.betas, fused=True)
@@ -239,7 +239,7 @@ def prior(args, kind, device):
         compile_parts(model)
 
     def step():
-        indices, labels = codes(range(b))
+        indices, labels = train_prior.fetch(cache, train_prior.epoch_rows(0, 0, b, 1), flags, device)
         train_prior.prior_step(model, [(indices, *model.corrupt(indices, labels, range(b)))], flags)
         guard.step(optimizer, flags.lr)
     return step
