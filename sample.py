@@ -103,33 +103,32 @@ def write_samples(out, chunks, j, shape, labels, settings):
 @torch.no_grad()
 def draw(args, device):
     """Sample with all processes and write samples.npz, grid.png, sampler.json, for each tokenizer into its folder."""
-    tokenizers = []
+    tokenizers, outs = [], [Path(out) for out in args.out]
     for path in args.tokenizer:
         prior, tokenizer, state = load_pair(args.prior, path, device)
         tokenizers.append(tokenizer)
         if args.compile:
             tokenizer.decoder.compile(dynamic=False)
-    classes, outs, size = prior.config["classes"], [Path(out) for out in args.out], tokenizer.image_size
+    classes, ar, size = prior.config["classes"], prior.kind == "ar", tokenizer.image_size
     if args.labels and not classes:
         raise BadInput("--labels: this prior is unconditional")
     # by default the classes that the data had: rows of classes never seen were never trained
     cycle = torch.tensor(args.labels or range(len(state["classes"]) if classes else 1))
     labels = cycle[torch.arange(args.n) % len(cycle)] if classes else None
-    options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k}
-    if prior.kind == "ar":
-        if args.steps or args.choice_temperature is not None:
-            raise BadInput(f"--steps and --choice_temperature are for NAR; {args.prior} is an AR prior")
-        options["top_p"] = args.top_p or 0.92
-    else:
+    if ar and (args.steps or args.choice_temperature is not None):
+        raise BadInput(f"--steps and --choice_temperature are for NAR; {args.prior} is an AR prior")
+    options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k,
+               "top_p": args.top_p or (0.92 if ar else 1.0)}
+    if not ar:
         choice = 0.45 if args.choice_temperature is None else args.choice_temperature
-        options |= {"top_p": args.top_p or 1.0, "steps": args.steps or 12, "choice_temperature": choice}
+        options |= {"steps": args.steps or 12, "choice_temperature": choice}
     # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
     # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
-                "png": args.png,
-                "prior": args.prior, "prior_step": state["step"], "prior_sha256": runtime.sha256(args.prior),
+                "png": args.png, "prior": args.prior, "prior_step": state["step"],
+                "prior_sha256": runtime.sha256(args.prior),
                 "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
                 "torch": str(torch.__version__)}
@@ -181,7 +180,7 @@ def read_images(spec, size, n, device):
 def teacher_forced(args, device):
     """Sec. 3.2: feed [c, s_1 .. s_(N-1)], take the top-1 code at every position (s_1 included), decode s and s' with
     the same decoder. One row per image: the input, then for each pair its reconstruction and its prediction."""
-    columns, accuracies = [], []
+    columns, told = [], []
     for pair in args.runs:
         prior_path, colon, tokenizer_path = pair.partition(":")
         if not colon:
@@ -201,33 +200,24 @@ def teacher_forced(args, device):
             parts.append((tokenizer.decode_indices(s), tokenizer.decode_indices(top1), (s == top1).float()))
         reconstruction, prediction, correct = map(torch.cat, zip(*parts))
         columns += [x] * (not columns) + [reconstruction, prediction]
-        accuracies.append(f"{100 * correct.mean():.1f} % {pair}")
+        told.append(f"teacher-forced top-1 accuracy {100 * correct.mean():.1f} % {pair}")
     if len({column.shape for column in columns}) > 1:
         raise BadInput("the tokenizers of --runs have several image sizes: compare runs of one size")
     out = Path(args.out[0])
     data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
     print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
-    for accuracy in accuracies:
-        print(f"teacher-forced top-1 accuracy {accuracy}")
+    print("\n".join(told))
 
 
 @torch.no_grad()
 def changed_codes(tokenizer, x, sigma, seed):
-    """Share of the codes of x (n, 3, S, S) that change under Gaussian noise of sigma (images in [0, 1])."""
+    """Fig. 8: the share of the codes of x (n, 3, S, S) that change under Gaussian noise too weak to see."""
     generator, changed = torch.Generator().manual_seed(seed), []
     for part in x.split(64):
         # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
         noisy = part + 2 * sigma * torch.randn(part.shape, generator=generator).to(x.device)
         changed.append((tokenizer.encode(part)[1] != tokenizer.encode(noisy)[1]).float())
     return torch.cat(changed).mean().item()
-
-
-def noise(args, device):
-    """Fig. 8: the share of codes that change under Gaussian noise too weak to see."""
-    tokenizer = load_tokenizer(args.tokenizer[0], device)
-    x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
-    changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
-    print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")
 
 
 def main():
@@ -237,8 +227,13 @@ def main():
         draw(args, device)
     elif runtime.world() > 1:
         raise BadInput("--teacher_forced and --noise run in one process: start them with python, not torchrun")
+    elif args.teacher_forced:
+        teacher_forced(args, device)
     else:
-        teacher_forced(args, device) if args.teacher_forced else noise(args, device)
+        tokenizer = load_tokenizer(args.tokenizer[0], device)
+        x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
+        changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
+        print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")
 
 
 if __name__ == "__main__":

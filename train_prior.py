@@ -201,9 +201,9 @@ def main():
         model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
     optimizer = torch.optim.AdamW(model.param_groups(args.weight_decay), args.lr, args.betas, fused=True)
     ema = copy.deepcopy(model) if args.ema else None
-    guard, averages, start = runtime.Guard(device), runtime.Averages(), 0
-    if state := run.resume(model=model, optimizer=optimizer, ema=ema):
-        start = state["step"]
+    guard, averages = runtime.Guard(device), runtime.Averages()
+    state = run.resume(model=model, optimizer=optimizer, ema=ema)
+    start = state["step"] if state else 0
     best = min((v["loss"] for v in run.lines if v["split"] == "val" and v["loss"] is not None), default=math.inf)
     H = unigram_entropy(cache[0], K)
     if runtime.is_main():

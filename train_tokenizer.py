@@ -93,18 +93,14 @@ def parse():
 
 def resolve_shape(args):
     """Fill the flags of the networks' shape from --init's checkpoint, or from the paper. Returns the checkpoint."""
-    init, shape = None, dict(SHAPE)
-    if args.codebook == "factorized":
-        shape["codebook_size"] = 8192
-    if args.init:
-        init = runtime.load_file(args.init, "tokenizer")
-        shape = {name: init["args"][name] for name in SHAPE}
-    for name, value in shape.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-        elif init and getattr(args, name) != value and (name != "disc_channels" or init["disc"]):
-            raise BadInput(f"--{name} {getattr(args, name)} is not the shape of --init {args.init}, which has {value}: "
-                           f"leave the flag out")
+    init = runtime.load_file(args.init, "tokenizer") if args.init else None
+    shape = SHAPE | ({"codebook_size": 8192} if args.codebook == "factorized" else {})
+    for name in SHAPE:
+        given, value = getattr(args, name), init["args"][name] if init else shape[name]
+        if init and given not in (None, value) and (name != "disc_channels" or init["disc"]):
+            raise BadInput(f"--{name} {given} is not the shape of --init {args.init}, which has {value}: leave the "
+                           f"flag out")
+        setattr(args, name, value if given is None else given)
     if args.disc_ramp is None:  # a discriminator that comes with the checkpoint is warm
         args.disc_ramp = 0 if init and init["disc"] else 20_000
     data.check_image_size(args.image_size, 2 ** (len(args.channels) - 1))
@@ -116,16 +112,6 @@ def resolve_shape(args):
 def build(config):
     """The VQModel of a checkpoint's config."""
     return vq.VQModel(**config | {"quantizer": CODEBOOKS[config["quantizer"]]})
-
-
-def load_init(model, disc, init, args):
-    """Weights of --init, strictly; only attention that the checkpoint's decoder lacks keeps its zero start."""
-    fresh = {f"{name}.{key}": value for name, part in model.named_modules()
-             if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
-    with runtime.explain(f"--init {args.init} does not fit: ", Exception):
-        model.load_state_dict(fresh | (init["ema"] or init["model"]))
-        if disc and init["disc"]:  # a cold discriminator ruins images: phase 1's goes on
-            disc.load_state_dict(init["disc"])
 
 
 def load_tokenizer(path, device="cpu"):
@@ -143,8 +129,8 @@ def fingerprint(model):
     """sha256 of all that decides an image's codes: encoder and codebook. Phase 2 leaves it as it was."""
     digest = hashlib.sha256()
     for part in (model.encoder, model.quantizer):
-        for name, tensor in sorted((name, p) for name, p in part.named_parameters()):
-            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for name, p in sorted(part.named_parameters()):
+            digest.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -154,11 +140,9 @@ def load_vgg(spec):
     weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
     name = weights.url.split("/")[-1]  # vgg16-397923af.pth: the digits are the first of its sha256
     if spec == "imagenet":
-        try:
+        with runtime.explain(f"the VGG16 weights could not be downloaded, fetch {weights.url} on another machine and "
+                             f"name the copy with --vgg FILE: ", (OSError, RuntimeError)):
             state = runtime.main_first(lambda: weights.get_state_dict(progress=True, check_hash=True))
-        except (OSError, RuntimeError) as error:
-            raise BadInput(f"the VGG16 weights could not be downloaded ({error}): fetch {weights.url} on another "
-                           f"machine and name the copy with --vgg FILE") from None
     else:
         state = runtime.load_file(spec)
     with runtime.explain(f"--vgg {spec} is neither a copy of {name} nor a checkpoint of train_vgg.py: ", Exception):
@@ -169,8 +153,8 @@ def load_vgg(spec):
         else:
             net = losses.VGG16()
             net.load_state_dict(state)
-    if isinstance(net, losses.VGG16) and spec != "imagenet" and runtime.sha256(spec) not in name:
-        print(f"note: {spec} has VGG16's layout, but is not torchvision's {name}", flush=True)
+            if spec != "imagenet" and runtime.sha256(spec) not in name:
+                print(f"note: {spec} has VGG16's layout, but is not torchvision's {name}", flush=True)
     return net.requires_grad_(False).eval()
 
 
@@ -236,12 +220,6 @@ def encode_fixed(model, x):
         return model.encode(x)
 
 
-def report_tf32(model, x):
-    changed = encode_fixed(model, x)[1] != model.encode(x)[1]
-    if runtime.is_main():
-        print(f"{100 * changed.float().mean():.2f} % of the codes are others in TF32 than in fp32", flush=True)
-
-
 @torch.no_grad()
 def update_average(ema, model, decay):
     """--ema: weights decay * average + (1 - decay) * new. The first step's are taken as they are, with decay 0."""
@@ -278,17 +256,16 @@ def validate(model, perceptual, loader, full, device, args, picture, bad):
             loss, layers = perceptual(x_hat, x)
         x_hat = x_hat.float().clamp(-1, 1)
         if runtime.is_main() and not total[-1]:
-            rows = min(32, len(x)) // 8 or 1  # eight inputs, below them their reconstructions, and so on
-            pairs = [part for i in range(rows) for part in (x[8 * i:8 * i + 8], x_hat[8 * i:8 * i + 8])]
-            data.save_grid(picture, torch.cat(pairs), min(8, len(x)))
+            n = min(32, len(x)) // 8 * 8 or len(x)  # eight inputs, below them their reconstructions, and so on
+            pairs = [part for pair in zip(x[:n].split(8), x_hat[:n].split(8)) for part in pair]
+            data.save_grid(picture, torch.cat(pairs), min(8, n))
         psnr = -10 * ((x_hat - x) / 2).square().mean((1, 2, 3)).clamp(min=1e-10).log10()  # of values in [0, 1]
         values = [(x_hat - x).abs().mean(), psnr.mean(), loss, *layers.values(), loss.new_ones(())]
         total += torch.stack(values).float() * len(x)
         histogram += torch.bincount(indices.flatten(), minlength=model.quantizer.K)
-    total, histogram = runtime.sum_over_processes(total), runtime.sum_over_processes(histogram)
-    usage, perplexity, H = vq.usage_and_perplexity(histogram)
     model.train()
-    means = dict(zip(names, (total / total[-1]).tolist()))
+    means = dict(zip(names, (runtime.sum_over_processes(total) / total[-1]).tolist()))
+    usage, perplexity, H = vq.usage_and_perplexity(runtime.sum_over_processes(histogram))
     return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
 
 
@@ -311,32 +288,34 @@ def main():
                   attention=args.decoder_attention, extra_blocks=args.decoder_extra_blocks, beta=args.beta,
                   gamma=args.gamma)
     with runtime.explain():
-        model = build(config)
+        model = build(config).to(device, memory_format=torch.channels_last)
     disc = losses.Discriminator(args.image_size, args.disc_channels) if args.adv_weight else None
-    if init:
-        load_init(model, disc, init, args)
-    model = model.to(device, memory_format=torch.channels_last)
+    if disc:
+        disc.to(device, memory_format=torch.channels_last)
+    if init:  # strictly; only attention that the checkpoint's decoder lacks keeps its zero start
+        fresh = {f"{name}.{key}": value for name, part in model.named_modules()
+                 if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
+        with runtime.explain(f"--init {args.init} does not fit: ", Exception):
+            model.load_state_dict(fresh | (init["ema"] or init["model"]))
+            if disc and init["disc"]:  # a cold discriminator ruins images: phase 1's goes on
+                disc.load_state_dict(init["disc"])
     model.quantizer.mean = runtime.mean_over_processes
     if isinstance(model.quantizer, KMeans):
         model.quantizer.gather = runtime.gather_rows
         model.quantizer.EVERY *= args.accum
         model.quantizer.UNTIL *= args.accum
     model.encoder.recompute = model.decoder.recompute = args.recompute
-    trained = model
     if args.phase == 2:  # encoder and codebook are fixed: a prior trained on phase 1's codes fits phase 2
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
-        trained = model.decoder
     ema = copy.deepcopy(model) if args.ema else None
 
     # ---- optimizers. Paper: one line for both networks; the discriminator gets the generator's.
+    trained = model.decoder if args.phase == 2 else model
     opt_g = torch.optim.Adam(trained.parameters(), args.lr, args.betas, fused=True)
-    opt_d, start = None, 0
-    if disc:
-        disc = disc.to(device, memory_format=torch.channels_last)
-        opt_d = torch.optim.Adam(disc.parameters(), args.lr, args.betas, fused=True)
-    if state := run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema):
-        start = state["step"]
+    opt_d = torch.optim.Adam(disc.parameters(), args.lr, args.betas, fused=True) if disc else None
+    state = run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema)
+    start = state["step"] if state else 0
     del init, state  # a gigabyte at the paper's size
     if args.compile:  # parts, not the whole: the quantizer (fp32, a collective inside) stays as it is
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
@@ -377,8 +356,10 @@ def main():
             images, _, index = next(batches)
             bad(index)
             xs.append(data.to_float(images, device))  # (b, 3, S, S) in [-1, 1]
-        if args.phase == 2 and step == start and device.type == "cuda":
-            report_tf32(model, xs[0])
+        if args.phase == 2 and step == start and device.type == "cuda":  # on all processes: encode has a collective
+            changed = (encode_fixed(model, xs[0])[1] != model.encode(xs[0])[1]).float().mean()
+            if runtime.is_main():
+                print(f"{100 * changed:.2f} % of the codes are others in TF32 than in fp32", flush=True)
         if step and step == args.vq_start:
             start_codes(model, xs[0], args)
 
