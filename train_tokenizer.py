@@ -314,7 +314,8 @@ def main():
     trained = model.decoder if args.phase == 2 else model
     opt_g = torch.optim.Adam(trained.parameters(), args.lr, args.betas, fused=True)
     opt_d = torch.optim.Adam(disc.parameters(), args.lr, args.betas, fused=True) if disc else None
-    state = run.resume(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema)
+    parts = dict(model=model, opt_g=opt_g, disc=disc, opt_d=opt_d, ema=ema)  # a checkpoint holds their state
+    state = run.resume(**parts)
     start = state["step"] if state else 0
     del init, state  # a gigabyte at the paper's size
     if args.compile:  # parts, not the whole: the quantizer (fp32, a collective inside) stays as it is
@@ -330,9 +331,7 @@ def main():
     guard_g, guard_d = runtime.Guard(device), runtime.Guard(device)
 
     def save(step):
-        run.save(step, config=config, model=model.state_dict(), opt_g=opt_g.state_dict(),
-                 disc=disc and disc.state_dict(), opt_d=disc and opt_d.state_dict(),
-                 ema=ema and ema.state_dict())
+        run.save(step, config=config, **{name: part and part.state_dict() for name, part in parts.items()})
 
     def evaluate(step):
         picture = run.out / "samples" / f"{step:07}.png"

@@ -105,8 +105,8 @@ class Transformer(nn.Module):
     def forward(self, indices, labels=None):
         """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
-        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are `mask_id`.
-        """
+        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are
+        `mask_id` = K. The label `classes` is the null class."""
         x = self.code(indices[:, :-1] if self.kind == "ar" else indices)
         x = torch.cat([self._prefix(labels, len(indices)), x], 1)  # (B, N, d), NAR (B, N+1, d)
         x = self.drop(x + self.slot.weight)
@@ -171,10 +171,11 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def generate(self, sample_ids, seed=0, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
                  steps=12, choice_temperature=0.45):
-        """Draw codes -> (B, N) int64 in [0, K), labels (B,) int64 or None.
+        """Draw codes -> (B, N) int64 in [0, K). labels (B,) int64 in [0, classes), or None for an unconditional model.
 
         sample_ids: B integers. Sample i depends on (seed, i) and its label alone: its random numbers exactly, its
             logits up to rounding. Keep the batch size (pad the last batch) where samples must repeat exactly in bf16.
+        temperature: divides the logits, > 0.
         top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold the share
             p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
         cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
