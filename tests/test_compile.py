@@ -82,6 +82,7 @@ def test_no_convolution_of_r1_has_a_feature_map_for_a_kernel():
     assert len(seen.kernels) > 60 and max(max(shape[2:]) for shape in seen.kernels) <= 4
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6"), reason="it has no fake tensors of a GPU that is not there")
 @pytest.mark.parametrize("groups, side, stride, padding", [(64, 4, 1, 2), (64, 4, 2, 1), (1, 3, 1, 1), (1, 3, 2, 0)])
 def test_gradients_stay_channels_last(groups, side, stride, padding):
     """On fake tensors of a GPU, in fp32 and bf16: the blur's and the convolutions' gradient of their input."""
