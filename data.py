@@ -4,15 +4,18 @@
     python data.py --data /data/imagenet/val --image_size 256 --out val256 --n 50000   # processed copies as PNG
 
 A source has len(source), source.classes (names, empty if unlabelled), label(i), name(i), signature() (a hash of what
-is in it), drawn (True: drawn at any size) and load(i, at_least), which gives a PIL image in RGB. Sources: a folder of
-class folders, a flat folder, `lsun:PATH` (an LSUN lmdb), `shapes` (drawn pictures, miniature/shapes.py).
+is in it), drawn (True: drawn at any size), splits (True: it has validation images of its own) and load(i, at_least),
+which gives a PIL image in RGB. Sources: a folder of class folders, a flat folder, `torchvision:NAME` (a data set of
+torchvision, downloaded to data/), `lsun:PATH` (an LSUN lmdb), `shapes` (drawn pictures, miniature/shapes.py).
 
 Order: sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped and flipped by
 a generator seeded with (seed, n). So a batch depends on seed, step and position alone, not on the number of
 processes or workers, and to resume is to start at another step.
 """
 import contextlib
+import difflib
 import hashlib
+import inspect
 import io
 import itertools
 import os
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
@@ -45,33 +49,92 @@ class Unreadable(Exception):
 # -------------------------------------------------------------------------------------------------- sources
 
 def open_source(spec, split="train"):
-    """The source that `--data` or `--val` names. Only `shapes` uses `split`: "val" has pictures of its own."""
+    """The source that `--data` or `--val` names. `split` ("train" or "val") counts where a source has `splits`."""
     if spec == "shapes":
         from miniature.shapes import Shapes
         return Shapes(split)
+    if spec.startswith("torchvision:"):
+        return Torchvision(spec.removeprefix("torchvision:"), split)
     return Lsun(spec.removeprefix("lsun:")) if spec.startswith("lsun:") else Folder(spec)
 
 
-def open_data(args):
-    """--data and --val -> training source, validation source, how many images of the latter to use (0: all)."""
+def open_part(spec, split=None):
+    """As open_source, but of a source without splits the whole, or with `split` one of the parts of `hold_out`."""
+    source = open_source(spec, split or "train")
+    return hold_out(source, spec)[split == "val"] if split and not source.splits else source
+
+
+def open_data(args, like=None):
+    """--data and --val -> training source, validation source. Without --val it is the source's own validation split,
+    or a share of the training images (`hold_out`). Without --data they are those of `like`, a checkpoint's args."""
+    if like and not args.data:
+        args.data, args.val = like["data"], args.val or like["val"]
+        if runtime.is_main():
+            print(f"no --data: {args.data}, as the tokenizer was trained on", flush=True)
     began, source = time.perf_counter(), open_source(args.data or "shapes")
     if not args.data:
         args.data, _ = "shapes", [source.load(i, args.image_size) for i in range(5)]
         if runtime.is_main():
             print(f"NO --data: TRAINING ON DRAWN PICTURES (shapes), {5 / (time.perf_counter() - began):.0f} a second "
-                  f"and core at this size; real images: --data FOLDER, or lsun:PATH", flush=True)
-    val = open_source(args.val or "shapes", "val") if args.val or source.drawn else source
+                  f"and core at this size; real images: --data FOLDER, torchvision:NAME or lsun:PATH", flush=True)
     check_size(source, args.image_size, args.data)
-    check_size(val, args.image_size, args.val)
-    if val is source and runtime.is_main():
-        print("no --val: the validation figures are of 5,000 training images, and show no overfitting", flush=True)
-    return source, val, 5000 if val is source else 0
+    if args.val or source.splits:
+        val = open_source(args.val or args.data, "val")
+        check_size(val, args.image_size, args.val)
+    else:
+        source, val = hold_out(source, args.data)
+        if runtime.is_main():
+            print(f"no --val: {len(val)} of the images are held out for validation", flush=True)
+    if len(source) < args.batch_size:
+        raise BadInput(f"--data {args.data} has {len(source)} training images, fewer than --batch_size "
+                       f"{args.batch_size}: use a smaller batch")
+    return source, val
+
+
+def hold_out(source, spec):
+    """Training and validation part of a source without a split of its own: 2 % are held out, 64 at least and 5,000 at
+    most, the same ones in every script."""
+    held = choose(len(source), min(max(64, len(source) // 50), 5000))
+    kept = np.setdiff1d(np.arange(len(source)), held)
+    if len(kept) < 64:
+        raise BadInput(f"{spec} has {len(source)} images, too few to hold out 64 of them for validation: give --val")
+    source, val = Part(source, kept), Part(source, held)
+    if isinstance(source.source, Folder):
+        counts = np.bincount(source.source.labels[kept], minlength=len(source.classes))
+        if source.classes and not counts.all():
+            raise BadInput(f"the validation images held out of {spec} are all of class "
+                           f"{source.classes[counts.argmin()]}: give --val, or remove so small a class")
+    return source, val
+
+
+class Part:
+    """The images `index` of a source, as a source."""
+
+    splits = False
+
+    def __init__(self, source, index):
+        self.source, self.index, self.classes, self.drawn = source, index, source.classes, source.drawn
+
+    def __len__(self):
+        return len(self.index)
+
+    def label(self, i):
+        return self.source.label(int(self.index[i]))
+
+    def name(self, i):
+        return self.source.name(int(self.index[i]))
+
+    def signature(self):
+        return hashlib.sha256(self.source.signature().encode() + self.index.tobytes()).hexdigest()[:16]
+
+    def load(self, i, at_least=0):
+        return self.source.load(int(self.index[i]), at_least)
 
 
 class Folder:
     """A folder of class folders (labels in alphabetical order, any depth below), or a flat folder (no labels)."""
 
-    drawn = False
+    drawn = splits = False
 
     def __init__(self, root):
         def fail(error):  # a folder that can't be entered must not pass for an empty one
@@ -79,7 +142,8 @@ class Folder:
 
         self.root = Path(root)
         if not self.root.is_dir():
-            raise BadInput(f"{root}: no such folder; --data takes a folder of images, lsun:PATH or shapes")
+            raise BadInput(f"{root}: no such folder; --data takes a folder of images, torchvision:NAME, lsun:PATH or "
+                           f"shapes")
         names = [os.path.relpath(os.path.join(base, name), root)
                  for base, _, files in os.walk(root, onerror=fail, followlinks=True) for name in files]
         names = [name for name in names if not name.startswith(".") and os.sep + "." not in name]
@@ -116,11 +180,82 @@ class Folder:
         return decode(self.name(i), self.name(i), at_least)
 
 
+class Torchvision:
+    """A data set of torchvision.datasets by name, in data/, where it is downloaded to the first time. It is unlabelled
+    unless it has one label an image and names for them."""
+
+    drawn = False
+
+    def __init__(self, name, split):
+        sets = {key: inspect.signature(getattr(torchvision.datasets, key)).parameters
+                for key in torchvision.datasets.__all__}
+        names = [key for key, flags in sets.items() if key == "FakeData" or "download" in flags
+                 and all(flag.default is not flag.empty for flag in flags.values() if flag.name != "root")]
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 5, 0.5) or names
+            raise BadInput(f"torchvision:{name}: no data set that torchvision downloads, but {', '.join(close)}")
+        flags, self.spec, self.last = sets[name], f"torchvision:{name}", (-1, None)
+        self.splits = not flags.keys().isdisjoint({"train", "split"})
+        words = ("train", "trainval", "train-standard") if split == "train" else ("val", "valid", "test")
+
+        def construct(download):
+            for word in words:  # a set has `train`, or `split` with one of these words, or neither
+                options = dict(root="data", download=download, train=split == "train", split=word)
+                try:
+                    options = {key: value for key, value in options.items() if key in flags}
+                    return getattr(torchvision.datasets, name)(**options)
+                except ValueError as error:
+                    unknown = error
+            raise unknown
+
+        def download_once():
+            try:
+                return construct(False)
+            except (RuntimeError, OSError):
+                return construct(True)
+
+        with runtime.explain(f"{self.spec} is not in data/, and can't be downloaded: ",
+                             (RuntimeError, OSError, ValueError)):
+            self.set = runtime.main_first(download_once)
+        with runtime.explain(f"{self.spec} is no set of images: ", Exception):
+            image, label = self.set[0][:2]
+            image.convert("RGB")
+        classes = getattr(self.set, "classes", None) or range(getattr(self.set, "num_classes", 0))
+        classes = [c if isinstance(c, (str, int)) else c[0] for c in classes]  # Imagenette's have several names
+        self.classes = [str(c).replace("/", "_") for c in classes if isinstance(label, int)]
+        if not self.classes and runtime.is_main():
+            print(f"note: {self.spec} is used without labels: it has not one label an image, or no names for them")
+
+    def __len__(self):
+        return len(self.set)
+
+    def item(self, i):  # the last one is kept: its label is asked for after its image
+        if self.last[0] != i:
+            self.last = i, self.set[i]
+        return self.last[1]
+
+    def label(self, i):
+        return self.item(i)[1] if self.classes else 0
+
+    def name(self, i):
+        return f"{self.spec} image {i}"
+
+    def signature(self):
+        some = b"".join(self.load(i).tobytes() for i in np.linspace(0, len(self) - 1, 16).astype(int).tolist())
+        return hashlib.sha256(f"{self.spec} {len(self)}".encode() + some).hexdigest()[:16]
+
+    def load(self, i, at_least=0):
+        try:
+            return self.item(i)[0].convert("RGB")
+        except Exception as error:
+            raise Unreadable(f"{self.name(i)} ({type(error).__name__}: {error})") from None
+
+
 class Lsun:
     """An LSUN lmdb: key -> bytes of a JPEG or WebP. torchvision's reader opens the database when constructed, which
     does not survive the move to a worker, and leaves a pickle in the working directory; so it is read here."""
 
-    classes, drawn = (), False
+    classes, drawn, splits = (), False, False
 
     def __init__(self, path):
         self.path = path
@@ -246,7 +381,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Image i under the validation transform: (uint8 (3, S, S), label, i); i is -1 - i where it can't be read."""
+    """Image i under the validation transform: (uint8 (3, S, S), label, -1); with i last where it can't be read."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -258,8 +393,8 @@ class EvalImages(Dataset):
         try:  # all that is not drawn is decoded whole: metrics need the exact pixels
             image = self.source.load(i, self.size if self.source.drawn else 0)
         except Unreadable:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), self.source.label(i), -1 - i
-        return to_tensor(center(image, self.size)), self.source.label(i), i
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, i
+        return to_tensor(center(image, self.size)), self.source.label(i), -1
 
 
 def to_float(images, device):
@@ -277,7 +412,7 @@ def to_uint8(images):
 
 def _in_worker(_):
     # Ctrl-C and a group-wide SIGTERM reach the workers too, but the training process has a step to finish and a file
-    # to write. So the first is ignored; on the second they leave quietly and late (never would hang an exit).
+    # to write. So the first is ignored; on the second they leave 20 s later (ignoring it would hang the parent's exit).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
@@ -313,7 +448,7 @@ def eval_loader(dataset, batch_size, workers, device, n=0):
 
 
 class Bad:
-    """Names and counts unreadable images as the batches report them (their index, below 0 for a good one); more than
+    """Names and counts unreadable images as the batches report them (their index, -1 for a good one); more than
     1 % of the set stops the run."""
 
     def __init__(self, source):
@@ -331,12 +466,12 @@ class Bad:
 
 
 def check_size(source, size, spec):
-    """Refuse a folder most of whose images are smaller than the crop (64 headers are read); a few small ones are
-    enlarged, as ImageNet has some."""
+    """Refuse a source most of whose images are smaller than the crop (64 are opened); a few small ones are enlarged, as
+    ImageNet has some."""
     sides = []
-    for i in np.unique(np.linspace(0, len(source) - 1, 64).astype(int)) if isinstance(source, Folder) else ():
-        with contextlib.suppress(Exception), Image.open(source.name(i), formats=FORMATS) as image:
-            sides.append(min(image.size))  # one that can't be read is reported when it is met
+    for i in np.unique(np.linspace(0, len(source) - 1, 64).astype(int)).tolist() if size and not source.drawn else ():
+        with contextlib.suppress(Unreadable):  # one that can't be read is reported when it is met
+            sides.append(min(source.load(i, size).size))
     if sides and (median := int(np.median(sides))) < size:
         raise BadInput(f"{spec}: images are smaller than the crop (median shorter side {median}, --image_size {size}): "
                        f"use a smaller --image_size or larger images")
@@ -360,33 +495,38 @@ def main():
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
     add("--data", default="shapes", help="as of the training scripts")
-    add("--split", choices=["train", "val"], default="train", help="which of shapes' two sets")
+    add("--split", choices=["train", "val"], help="of a folder what is not held out for validation, or what is "
+        "(default: all)")
     add("--image_size", type=runtime.positive, default=256, help="side of the processed images")
     add("--out", default="", help="write the processed images there as PNG, in class folders")
     add("--n", type=runtime.count, default=0, help="the first N images only (0: all)")
     add("--preview", default="preview.png", help="where the preview goes")
     add("--workers", type=runtime.count, default=min(8, os.cpu_count()), help="data loading processes")
     args = parser.parse_args()
-    device, source = torch.device("cpu"), open_source(args.data, args.split)
+    device, source = torch.device("cpu"), open_part(args.data, args.split)
     if args.out and Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise BadInput(f"--out {args.out} is not empty: choose another folder")
     n = min(args.n or len(source), len(source))
-    counts = np.bincount([source.label(i) for i in range(len(source))], minlength=len(source.classes))
-    print(f"{args.data}: {len(source)} images, {len(source.classes)} classes"
-          + "".join(f"\n  {name}: {number}" for name, number in list(zip(source.classes, counts))[:20]))
-    images, bad, progress = EvalImages(source, args.image_size), 0, runtime.Progress(n, "decoded")
-    for pixels, labels, index in loader(images, [range(n)[i:i + 64] for i in range(0, n, 64)], args.workers, device):
-        for image, label, i in zip(pixels, labels.tolist(), index.tolist()):
-            if i < 0:
+    print(f"{args.data}: {len(source)} images, {len(source.classes)} classes", flush=True)
+    counts, images, bad = np.zeros(max(1, len(source.classes)), int), EvalImages(source, args.image_size), 0
+    progress = runtime.Progress(n, "decoded")
+    batches = [range(n)[i:i + 64] for i in range(0, n, 64)]
+    for rows, (pixels, labels, index) in zip(batches, loader(images, batches, args.workers, device)):
+        for i, image, label, unreadable in zip(rows, pixels, labels.tolist(), (index >= 0).tolist()):
+            if unreadable:
                 bad += 1
-                print(f"  unreadable: {source.name(-1 - i)}", flush=True)
-            elif args.out:
+                print(f"  unreadable: {source.name(i)}", flush=True)
+                continue
+            counts[label] += 1
+            if args.out:
                 folder = Path(args.out) / (source.classes[label] if source.classes else "")
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:08}.png")
         progress(len(pixels))
     shown = [images[i][0] for i in np.unique(np.linspace(0, n - 1, 40).astype(int)).tolist()]
     save_grid(args.preview, to_float(torch.stack(shown), device), columns=8)
+    for name, number in list(zip(source.classes, counts))[:20]:
+        print(f"  {name}: {number}")
     print(f"  unreadable: {bad} of {n}; preview in {args.preview}")
     if bad > MAX_BAD * n:
         raise BadInput(f"{bad} of {n} images of {args.data} can't be read: remove or repair them")

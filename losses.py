@@ -20,8 +20,8 @@ LAYERS = (*LOW, "logit")
 
 # --------------------------------------------------------------------------------------- perceptual networks
 # One interface: net(x, layers) -> {layer: features}, computed no further than the last layer asked for; `halvings`,
-# how often it halves the image; `mean_square`, what the loss divides each of LAYERS by. Another network with it can
-# stand in for these two.
+# how often it halves the image; `mean_square`, what the loss divides each of LAYERS by. Another network that gives its
+# layers the names in LAYERS can stand in for these two.
 
 class VGG16(nn.Module):
     """torchvision's VGG16, giving its post-ReLU features and its logits (before the softmax)."""

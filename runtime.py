@@ -44,7 +44,7 @@ def run(main):
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted"
         elif isinstance(error, torch.OutOfMemoryError):
-            text = f"out of GPU memory: use a smaller batch, --accum or --recompute ({text[:100]})"
+            text = f"out of GPU memory: use a smaller --batch_size, for training --accum or --recompute ({text[:100]})"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
     except Exception:
         if world() == 1:
@@ -104,8 +104,9 @@ DEVICES = ["auto", "cuda", "mps", "cpu"]
 def add_training_flags(parser, *, out, iters, batch_size, lr):
     """The flags that all scripts that train share (None: the script fills in its own default)."""
     add = parser.add_argument
-    add("--data", help="a folder of class folders, a flat folder, lsun:PATH, or shapes (drawn pictures, the default)")
-    add("--val", help="the same for validation; shapes has held-out pictures of its own")
+    add("--data", help="a folder of class folders, a flat folder, torchvision:NAME, lsun:PATH, or shapes (drawn "
+        "pictures); default: the data of the checkpoint that the run starts from, else shapes")
+    add("--val", help="the same for validation; default: the set's own validation split, or 2 %% of --data, held out")
     add("--out", default=out, help="run folder; one that holds a checkpoint is refused unless --resume")
     add("--resume", action="store_true", help="continue from the checkpoint in --out if there is one, else start")
     add("--iters", type=positive, default=iters, help="training steps")
@@ -335,11 +336,14 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
 
+MAKERS = {"tokenizer": "train_tokenizer.py", "prior": "train_prior.py", "vgg": "miniature/train_vgg.py"}
+
+
 def load_file(path, kind=""):
     """What torch.save wrote into a file, on the CPU: tensors, numbers and strings, nothing that can run code. With
     `kind` ("tokenizer", "prior", "vgg") it must be such a checkpoint."""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
+        raise BadInput(f"{path}: no such file" + (f"; python {MAKERS[kind]} makes a {kind} checkpoint" if kind else ""))
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise zipfile.BadZipFile
@@ -355,7 +359,7 @@ def load_file(path, kind=""):
 
 # ---------------------------------------------------------------------------------------------- run folders
 
-FREE = {"lr", "lr_end", "out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every",
+FREE = {"lr", "lr_end", "disc_lr", "out", "resume", "workers", "compile", "dtype", "device", "log_every", "eval_every",
         "save_every", "tensorboard", "recompute"}  # flags that may change from one start of a run to the next
 
 
@@ -382,7 +386,7 @@ class Run:
         if state:
             for name, value in vars(self.args).items():
                 if name not in FREE and state["args"].get(name) != value:
-                    raise BadInput(f"{self.ckpt} was made with --{name} {state['args'].get(name)}, not {value}: give "
+                    raise BadInput(f"{self.ckpt} was made with {name} {state['args'].get(name)}, not {value}: give "
                                    f"the same flags to continue, or another --out to start again")
             with explain(f"{self.ckpt} does not fit the flags: ", Exception):
                 for name, part in parts.items():

@@ -32,9 +32,9 @@ from transformer import Transformer
 def parse():
     parser = runtime.Parser(__doc__)
     add = parser.add_argument
-    add("--prior", default="", help="checkpoint of train_prior.py")
-    add("--tokenizer", nargs="+", default=[],
-        help="the tokenizer of the prior's codes, phase 1 or 2; several: each decodes the same samples")
+    add("--prior", help="checkpoint of train_prior.py; default: runs/prior/best.pt")
+    add("--tokenizer", nargs="+", help="the tokenizer of the prior's codes, phase 1 or 2; several: each decodes the "
+        "same samples; default: runs/phase2/ckpt.pt, without it runs/tokenizer/ckpt.pt")
     # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it use --count
     add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to view")
     add("--out", nargs="+", default=["samples"], help="folder for the results, one for each --tokenizer")
@@ -56,12 +56,14 @@ def parse():
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the decoder (default: on a GPU)")
     add("--device", choices=runtime.DEVICES, default="auto", help="auto: cuda, then mps, then cpu")
     args = parser.parse_args()
-    if bool(args.prior) + bool(args.teacher_forced) + bool(args.noise) != 1:
+    if bool(args.prior) + bool(args.teacher_forced) + bool(args.noise) > 1:
         raise BadInput("give one of --prior (samples), --teacher_forced (predictions), --noise (codes under noise)")
+    if not args.teacher_forced and not args.noise:
+        args.prior = args.prior or "runs/prior/best.pt"
+    phase = "phase2" if Path("runs/phase2/ckpt.pt").exists() else "tokenizer"
+    args.tokenizer = args.tokenizer or [f"runs/{phase}/ckpt.pt"]
     if bool(args.runs) != bool(args.teacher_forced):
         raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
-    if not (args.tokenizer or args.teacher_forced):
-        raise BadInput(f"--{'prior' if args.prior else 'noise'} needs --tokenizer")
     if args.noise and len(args.tokenizer) > 1:
         raise BadInput("--noise looks at the codes of one --tokenizer")
     if args.prior and not len({*args.out}) == len(args.out) == len(args.tokenizer):
@@ -79,14 +81,16 @@ def load_pair(prior_path, tokenizer_path, device):
     with runtime.explain(f"{prior_path} does not fit this code: ", Exception):
         prior = Transformer(**state["config"])
         prior.load_state_dict(state["ema"] or state["model"])
-    return prior.eval().to(device), tokenizer, state  # not frozen: autocast keeps its bf16 copies only of what is not
+    # Not frozen: autocast caches its bf16 copies only of weights that take gradients.
+    return prior.eval().to(device), tokenizer, state
 
 
 def write_samples(out, chunks, j, shape, labels, settings):
     """The files of a finished run, from chunks of (b, tokenizers, H, W, 3): those of tokenizer j."""
     parts = [(lambda file=file: np.load(file)["samples"][:, j]) for file, _ in chunks]
     first = np.concatenate([part() for part in parts[:-(-64 // len(chunks[0][1]))]])[:64]
-    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8)
+    scale = max(1, 96 // shape[1])  # tiles of 32 pixels are too small to look at
+    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8, scale)
     runtime.save_json(out / "sampler.json", settings)
 
     def write(file):  # np.savez would hold all samples in memory
@@ -171,8 +175,8 @@ def read_images(spec, size, n, device):
     # spread over the set, so that a folder sorted by class shows several; shapes come in turn
     chosen = range(n) if source.drawn else np.linspace(0, len(source) - 1, n).astype(int).tolist()
     images, labels, index = zip(*(data.EvalImages(source, size)[i] for i in chosen))
-    if min(index) < 0:
-        raise BadInput(f"{source.name(-1 - min(index))} can't be read")
+    if max(index) >= 0:
+        raise BadInput(f"{source.name(max(index))} can't be read")
     return data.to_float(torch.stack(images), device), torch.tensor(labels), list(source.classes)
 
 
@@ -204,7 +208,8 @@ def teacher_forced(args, device):
     if len({column.shape for column in columns}) > 1:
         raise BadInput("the tokenizers of --runs have several image sizes: compare runs of one size")
     out = Path(args.out[0])
-    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
+    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns),
+                   max(1, 96 // columns[0].shape[-1]))
     print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
     print("\n".join(told))
 

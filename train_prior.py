@@ -10,6 +10,7 @@ then training reads only that. docs/settings.md has the command of every column 
 """
 import copy
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -35,10 +36,10 @@ def parse():
     parser = runtime.Parser(__doc__)
     runtime.add_training_flags(parser, out="runs/prior", iters=1_500_000, batch_size=256, lr=1e-4)
     add = parser.add_argument
-    add("--tokenizer", required=True, help="checkpoint of train_tokenizer.py, of either phase")
+    add("--tokenizer", default="runs/tokenizer/ckpt.pt", help="checkpoint of train_tokenizer.py, of either phase")
     add("--kind", choices=["ar", "nar"], default="ar", help="autoregressive, or masked (MaskGIT)")
     add("--size", choices=list(SIZES), default="base", help="Table 8; tiny is ours, for a CPU")
-    add("--classes", type=runtime.count, default=1000, help="number of classes; 0: unconditional")
+    add("--classes", type=runtime.count, help="default: as many as the data have; 0: unconditional")
     add("--dropout", type=runtime.decay, default=0.1, help="Table 8")
     add("--label_dropout", type=runtime.decay, default=0.0,
         help="share of labels replaced by the null class, for guidance; the paper uses none")
@@ -61,45 +62,51 @@ def parse():
         raise BadInput(f"--views {args.views}: --crop center gives one view of an image, the same every time")
     if args.kind == "ar" and not args.lr_end:
         raise BadInput("--lr_end 0: the exponential decay of --kind ar never comes to 0, give a small number")
-    if args.label_dropout and not args.classes:
-        raise BadInput("--label_dropout needs classes: it drops the label")
     return args
 
 
 # ------------------------------------------------------------------------------------------- the code cache
 
-class Views(data.TrainImages):
-    """Row j * views + v: view v of image chosen[j], (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
+CHUNK = 4096  # rows a file: what a kill can cost a process
 
-    def __init__(self, source, size, crop, views, n):
+
+class Views(data.TrainImages):
+    """Row j * views + v: view v of image j, (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
+
+    def __init__(self, source, size, crop, views):
         super().__init__(source, size, crop, seed=0)  # not --seed: seeds share a cache
-        self.views, self.chosen = views, data.choose(len(source), n)
+        self.views = views
 
     def __getitem__(self, row):
-        return self.view(int(self.chosen[row // self.views]), row)
+        return self.view(row // self.views, row)
 
 
-def encode_dataset(folder, source, model, crop, views, n, args, device):
-    """Codes of all views of all (n: of n) images: (rows, N) uint16 and labels (rows,) int32, memory-mapped.
+def encode_dataset(folder, source, model, crop, views, args, device):
+    """Codes of all views of all images: (rows, N) uint16 and labels (rows,) int32, memory-mapped.
 
     They lie in a folder named after all that they depend on, so those of another tokenizer or data set are never taken.
     Chunks are shared out over the processes; those that a killed run has finished are skipped."""
-    dataset, size = Views(source, args.image_size, crop, views, n), 256
-    shape = len(dataset.chosen) * views, (args.image_size // model.f) ** 2  # (rows, N)
+    dataset = Views(source, args.image_size, crop, views)
+    shape = len(source) * views, (args.image_size // model.f) ** 2  # (rows, N)
     made_of = [fingerprint(model), source.signature(), shape[0], crop, views, args.image_size]
     folder = Path(f"{folder}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}")
     if not (folder / "codes.npy").exists():
-        chunks = runtime.chunks(folder / "chunks", shape[0], size)
+        chunks = runtime.chunks(folder / "chunks", shape[0], CHUNK)
         todo, bad = runtime.pending(chunks), data.Bad(source)
-        progress = runtime.Progress(len(todo) * size, f"encoding to {folder}")
-        batches = data.loader(dataset, [rows for _, rows in todo], args.workers, device)
-        for (file, rows), (images, labels, index) in zip(todo, batches):
-            bad(index)
-            with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
-                codes = torch.cat([model.encode(x)[1].flatten(1) for x in data.to_float(images, device).split(32)])
-            arrays = {"codes": codes.cpu().numpy().astype(np.uint16), "labels": labels.numpy().astype(np.int32)}
+        progress = runtime.Progress(sum(len(rows) for _, rows in todo), f"encoding to {folder}")
+        split = [[rows[i:i + 32] for i in range(0, len(rows), 32)] for _, rows in todo]
+        batches = iter(data.loader(dataset, list(itertools.chain(*split)), args.workers, device))
+        for (file, _), parts in zip(todo, split):
+            codes, labels = [], []
+            for _, (images, y, index) in zip(parts, batches):
+                bad(index)
+                with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
+                    codes.append(model.encode(data.to_float(images, device))[1].flatten(1).int())
+                labels.append(y)
+                progress(len(y))
+            arrays = {"codes": torch.cat(codes).cpu().numpy().astype(np.uint16),
+                      "labels": torch.cat(labels).numpy().astype(np.int32)}
             runtime.save_file(file, lambda f, arrays=arrays: np.savez(f, **arrays))
-            progress(len(rows))
         runtime.barrier()
         if runtime.is_main():
             labels = np.concatenate([np.load(file)["labels"] for file, _ in chunks])
@@ -180,18 +187,21 @@ def main():
     b = runtime.micro_batch(args)
     run = runtime.Run(args, "prior")
     tokenizer = load_tokenizer(args.tokenizer, device)
-    args.image_size, args.made_of, K = tokenizer.image_size, fingerprint(tokenizer), tokenizer.quantizer.K
-    source, val, val_n = data.open_data(args)
-    if args.classes and not 0 < len(source.classes) <= args.classes:
-        raise BadInput(f"--data {args.data} has {len(source.classes)} classes, --classes says {args.classes}: use "
-                       f"--classes {len(source.classes)}")
+    args.image_size, args.fingerprint, K = tokenizer.image_size, fingerprint(tokenizer), tokenizer.quantizer.K
+    source, val = data.open_data(args, tokenizer.args)
+    if args.classes not in (None, 0, len(source.classes)):
+        raise BadInput(f"--data {args.data} has {len(source.classes)} classes, --classes says {args.classes}: leave "
+                       f"the flag out, or give 0")
+    args.classes = len(source.classes) if args.classes is None else args.classes
+    if args.label_dropout and not args.classes:
+        raise BadInput("--label_dropout needs classes: it drops the label")
     if args.classes and tuple(val.classes) != tuple(source.classes):
         raise BadInput(f"--val {args.val} has other classes than --data {args.data}")
     if args.compile:
         tokenizer.encoder.compile(dynamic=False)
     folder = Path(args.codes or run.out / "codes")
-    cache = encode_dataset(folder / "train", source, tokenizer, args.crop, args.views, 0, args, device)
-    val_cache = encode_dataset(folder / "val", val, tokenizer, "center", 1, val_n, args, device)
+    cache = encode_dataset(folder / "train", source, tokenizer, args.crop, args.views, args, device)
+    val_cache = encode_dataset(folder / "val", val, tokenizer, "center", 1, args, device)
     (rows, N), images, grid = cache[0].shape, len(cache[0]) // args.views, args.image_size // tokenizer.f
     del tokenizer
 
@@ -214,7 +224,7 @@ def main():
 
     def save(step, path=None):
         run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 ema=ema and ema.state_dict(), tokenizer=args.made_of, grid=grid, classes=list(source.classes))
+                 ema=ema and ema.state_dict(), tokenizer=args.fingerprint, grid=grid, classes=list(source.classes))
 
     def evaluate(step):
         nonlocal best

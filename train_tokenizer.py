@@ -26,8 +26,10 @@ from runtime import BadInput
 
 # What differs between the phases; each is a flag too. Paper: phase 2's learning rate is 5e-4 in Sec. 4.1 and 5e-5 in
 # Table 9, FFHQ's iterations are 500k and 300k: we take the table's, whose other numbers check out.
-PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, betas=[0.9, 0.99], alpha=1.0, decoder_attention=0),
-         2: dict(iters=200_000, batch_size=128, lr=5e-5, betas=[0.5, 0.9], alpha=0.0, decoder_attention=1)}
+PHASE = {1: dict(iters=500_000, batch_size=256, lr=1e-4, betas=[0.9, 0.99], alpha=1.0, decoder_attention=0,
+                 init="", out="runs/tokenizer"),
+         2: dict(iters=200_000, batch_size=128, lr=5e-5, betas=[0.5, 0.9], alpha=0.0, decoder_attention=1,
+                 init="runs/tokenizer/ckpt.pt", out="runs/phase2")}
 # The networks' shape: with --init it is the checkpoint's, and a flag that says otherwise is refused.
 SHAPE = dict(channels=[128, 128, 256, 256, 512], z_dim=256, codebook="entropy", codebook_size=1024, image_size=256,
              decoder_extra_blocks=0, disc_channels=[128, 512])
@@ -36,10 +38,10 @@ SHOWN = "loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit
 
 def parse():
     parser = runtime.Parser(__doc__)
-    runtime.add_training_flags(parser, out="runs/tokenizer", iters=None, batch_size=None, lr=None)
+    runtime.add_training_flags(parser, out=None, iters=None, batch_size=None, lr=None)
     add = parser.add_argument
     add("--phase", type=int, choices=[1, 2], default=1, help="1: semantic compression, 2: details preservation")
-    add("--init", default="", help="tokenizer checkpoint to start from: phase 2 needs it, phase 1 finetunes it (LSUN)")
+    add("--init", help="tokenizer checkpoint to start from: in phase 2 runs/tokenizer/ckpt.pt, in phase 1 none (LSUN)")
     add("--lr_end", type=runtime.rate, help="end of the cosine decay: half of --lr, in phase 2 all of it")
     add("--betas", type=runtime.decay, nargs=2, help="Adam's, of tokenizer and discriminator")
     add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
@@ -74,15 +76,13 @@ def parse():
     args = parser.parse_args()
     if args.perceptual_layers and args.alpha is not None:
         raise BadInput("--alpha and --perceptual_layers are two ways to weigh the layers: give one of them")
-    if args.phase == 2 and not args.init:
-        raise BadInput("--phase 2 needs --init, the checkpoint of a finished phase 1")
+    for name, value in PHASE[args.phase].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if args.vq_start and (args.init or args.codebook in ("kmeans", "factorized")):
         raise BadInput("--vq_start goes with --codebook entropy or none, and not with --init")
     if args.ema and args.codebook == "kmeans":
         raise BadInput("--ema does not go with --codebook kmeans: re-clustering permutes the codes that it averages")
-    for name, value in PHASE[args.phase].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
     args.disc_lr = args.disc_lr or args.lr
     if args.lr_end is None:
         args.lr_end = args.lr / 2 if args.phase == 1 else args.lr
@@ -115,13 +115,13 @@ def build(config):
 
 
 def load_tokenizer(path, device="cpu"):
-    """The tokenizer of a checkpoint, in eval mode and frozen; its averaged weights if it has them. `.image_size` is the
-    size that it was trained at."""
+    """The tokenizer of a checkpoint, in eval mode and frozen; its averaged weights if it has them. `.args` are the
+    flags that it was trained with, `.image_size` is one of them."""
     state = runtime.load_file(path, "tokenizer")
     with runtime.explain(f"{path} does not fit this code: ", Exception):
         model = build(state["config"])
         model.load_state_dict(state["ema"] or state["model"])
-        model.image_size = state["args"]["image_size"]
+        model.args, model.image_size = state["args"], state["args"]["image_size"]
     return model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
@@ -245,14 +245,15 @@ def validate(model, perceptual, loader, full, device, args, picture, bad):
     names = ["l1", "psnr", "perceptual", *perceptual.weights]
     total, histogram = torch.zeros(len(names) + 1, device=device), torch.zeros(model.quantizer.K, device=device)
     for images, _, index in loader:
-        bad(-1 - index)
-        x = data.to_float(images[index >= 0], device)
+        bad(index)
+        x = data.to_float(images[index < 0], device)
         if not len(x):
             continue
         # A last batch of another size runs uncompiled: it is not worth a graph of its own.
         stance = "default" if len(images) == len(x) == full else "force_eager"
         with runtime.autocast(device, args.dtype), torch.compiler.set_stance(stance):
-            x_hat, indices, _ = model(x)
+            z_q, indices, _ = encode_fixed(model, x) if args.phase == 2 else model.encode(x)
+            x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
         x_hat = x_hat.float().clamp(-1, 1)
         if runtime.is_main() and not total[-1]:
@@ -275,7 +276,7 @@ def main():
     b = runtime.micro_batch(args)
     run = runtime.Run(args, "tokenizer")
     init = resolve_shape(args)
-    source, val, val_n = data.open_data(args)
+    source, val = data.open_data(args, init and init["args"])
     vgg = load_vgg(args.vgg)
     if args.image_size < 2 ** vgg.halvings:
         raise BadInput(f"--image_size {args.image_size} is too small for the network of --vgg {args.vgg}, which halves "
@@ -322,11 +323,11 @@ def main():
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
             part.compile(dynamic=False)  # else a validation's batch size makes all later steps run with dynamic shapes
 
-    images = data.TrainImages(source, args.image_size, args.crop, args.seed)
-    batches = iter(data.train_loader(images, args, start, device))
+    dataset = data.TrainImages(source, args.image_size, args.crop, args.seed)
+    batches = iter(data.train_loader(dataset, args, start, device))
     full = min(64, b)  # more images at once than 64 are too many for the attention decoder's kernels
     val_loader = data.eval_loader(data.EvalImages(val, args.image_size), full, min(args.workers, 2), device,
-                                  args.val_n or val_n)
+                                  args.val_n)
     bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
     guard_g, guard_d = runtime.Guard(device), runtime.Guard(device)
 
@@ -358,14 +359,14 @@ def main():
         if args.phase == 2 and step == start and device.type == "cuda":  # on all processes: encode has a collective
             changed = (encode_fixed(model, xs[0])[1] != model.encode(xs[0])[1]).float().mean()
             if runtime.is_main():
-                print(f"{100 * changed:.2f} % of the codes are others in TF32 than in fp32", flush=True)
+                print(f"{100 * changed:.2f} % of the codes differ between TF32 and fp32", flush=True)
         if step and step == args.vq_start:
             start_codes(model, xs[0], args)
 
         x_hats = tokenizer_step(model, disc, perceptual, xs, args, adv_weight, step >= args.vq_start, averages)
         averages.add(grad_norm=guard_g.step(opt_g, lr))
         if ema:
-            update_average(ema, model, args.ema if step else 0)
+            update_average(ema, model, args.ema if step > args.vq_start else 0)  # starts anew with K-means' codes
         if disc:
             discriminator_step(disc, xs, x_hats, args, args.r1 and step % args.r1_every == 0, averages)
             averages.add(grad_norm_d=guard_d.step(opt_d, lr * args.disc_lr / args.lr))

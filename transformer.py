@@ -133,7 +133,7 @@ class Transformer(nn.Module):
         number the samples of a run (step * batch size + row), and any split into processes or micro-batches gives the
         same masks.
         """
-        u = uniforms(keys(seed, samples, indices.device), -1, self.tokens + 2)  # no place of `generate`
+        u = uniforms(keys(seed, samples, indices.device), -1, self.tokens + 2)  # -1: a place that `generate` never uses
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
         if self.kind == "ar":

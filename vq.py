@@ -6,8 +6,8 @@
 
     python vq.py        # every level, and the parameter counts beside the paper's
 
-Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f. Nothing here depends on files,
-devices or processes.
+Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f. Nothing here depends on files
+or devices.
 """
 import math
 
@@ -43,7 +43,7 @@ def block_side(h, w):
     """Side p of the attention blocks at a feature map of h x w: 4, 8, 8, 16, 16 at 16, 32, 64, 128, 256 (HiT has 4 at
     16, 8 at 32 and 64), so that blocks and positions within a block stay about equally many. Where p does not divide
     the map it is halved until it does; p = 1 leaves the dilated attention to look at the whole map."""
-    p = 1 << -(-(min(h, w) - 1).bit_length() // 2)
+    p = 2 ** math.ceil(math.log2(min(h, w)) / 2)
     while h % p or w % p:
         p //= 2
     return p
@@ -147,11 +147,12 @@ class Quantizer(nn.Module):
     """Nearest code per position (Eq. 1), the last two terms of Eq. 2, and Sec. 3.4's entropy term.
 
     The contract, which any module that stands in for this one keeps (codebooks.py has Table 5's three):
+        constructor        (K, z_dim, beta, gamma); what decides the codes are Parameters, which phase 2 freezes
         K                  number of codes
         nearest(z)         (N, dim) -> indices (N,) int64
         embed(indices)     (B, h, w) -> z_q (B, n_z, h, w)
         forward(z_hat)     (B, n_z, h, w) -> z_q, indices, losses; `losses` are scalars, and losses["vq"] is their
-                           weighted sum, which a training script adds to its loss
+                           weighted sum, which a training script adds to its loss; the others are logged
     All of it runs in fp32, whatever the autocast."""
 
     def __init__(self, K, z_dim, beta=0.25, gamma=0.01):
@@ -194,7 +195,7 @@ class Quantizer(nn.Module):
             # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT. beta is on the commitment term, as printed.
             losses = {"codebook": F.mse_loss(z_q, z.detach()), "commitment": F.mse_loss(z, z_q.detach())}
             # Sec. 3.4. Paper: "L2 distance" and "penalising" H. We take the squared distance (the plain one stays flat
-            # and fills nothing) and maximise H: minimising it would collapse the usage that it is to smooth.
+            # and fills nothing) and maximise H: minimising it would collapse the usage it should smooth.
             # The mean runs over all positions of the global batch: 256 of one image can't use 1,024 codes.
             usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
             usage = self.mean(usage) if self.training else usage

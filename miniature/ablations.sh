@@ -54,7 +54,7 @@ row() {
     --val_n 500 --eval_every 1000 --out "$folder/phase1" $(flags "$1")
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
-  run python train_prior.py $common --classes 10 --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) \
+  run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) \
     --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 200 --tokenizer "$folder/phase1/ckpt.pt" \
     --out "$folder/ar"
   finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --n 1000 --batch_size 100 \

@@ -36,7 +36,7 @@ finished() { [ -e "$1" ]; }
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --val_n 500
            --eval_every 500 --save_every 200 --seed $seed"
-prior="$common --classes 10 --size tiny --views 1 --batch_size 16 --iters $((steps * 12 / 10)) --lr 2e-3 --lr_end 1e-4
+prior="$common --size tiny --views 1 --batch_size 16 --iters $((steps * 12 / 10)) --lr 2e-3 --lr_end 1e-4
        --decay_start 0 --dropout 0 --eval_every 400 --save_every 200 --seed $seed"
 
 # The perceptual network and the evaluation classifier: VGG16 is made for photographs, not for these pictures. Labels

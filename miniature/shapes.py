@@ -89,13 +89,13 @@ COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 
 
 class Shapes:
-    """Pictures drawn from (seed 0, index): one of ten objects before a terrazzo wall.
+    """Pictures drawn from (seed 0, index): one of ten objects before a dotted wall.
 
-    Structure, which a prior can learn: the object. Nuisance, which it can't: colours (independent of the object),
-    the wall's chips, stripes, light, shadow, grain, position, scale, rotation, flip. label(i) is the object, i % 10;
-    with `fine` it is object * 6 + colour family: 60 labels."""
+    Structure, which a prior can learn: the object. Nuisance, which it can't: colours (independent of the object), the
+    wall's dots, light, shadow, position, scale, rotation, flip. label(i) is the object, i % 10; with `fine` it is
+    object * 6 + colour family: 60 labels."""
 
-    drawn = True  # at any size, exactly
+    drawn = splits = True  # at any size, exactly; with validation pictures of its own
     classes, COLOURS = tuple(OBJECTS), len(COLOURS)
     SIZES = {"train": 20_000, "val": 2_000}
 
@@ -134,48 +134,41 @@ def draw(index, label, size):
     hue = family / len(COLOURS) + rng.uniform(-0.05, 0.05)
     big = 3 * size  # polygons are drawn at three times the size and box-reduced: smooth edges
 
-    # The wall: a gradient with 40 pale chips of stone, each of its own colour and shape.
-    wall_hue, value, direction = rng.uniform(), rng.uniform(0.55, 0.95), rng.uniform(0, 2 * np.pi)
+    # The wall: a pale gradient with four large dots, each of its own colour and place.
+    wall_hue, value, direction = rng.uniform(), rng.uniform(0.88, 1.0), rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-1, 1, size)
     ramp = (axis[None] * np.cos(direction) + axis[:, None] * np.sin(direction))[..., None] / 2.8 + 0.5  # (S, S, 1)
-    wall = ramp * _rgb(wall_hue, 0.18, value) + (1 - ramp) * _rgb(wall_hue + 0.08, 0.3, value * 0.82)
-    chips = Image.new("RGBA", (2 * size, 2 * size))
-    pen = ImageDraw.Draw(chips)
-    a, b, c = rng.uniform(0, 1, (3, 40))
-    corners = rng.uniform(0, 6.3, (40, 1)) + np.arange(5) * 1.2566 + a[:, None] * [0, 0.5, -0.4, 0.3, -0.5]
-    stones = np.stack([np.cos(corners), (0.6 + 0.5 * b)[:, None] * np.sin(corners)], 2)  # (40, 5, 2)
-    stones = (stones * rng.uniform(0.02, 0.07, (40, 1, 1)) + rng.uniform(0, 1, (40, 1, 2))) * 2 * size
-    fills = _rgb(wall_hue + 0.5 * (c > 0.6) + 0.1 * a, 0.15 + 0.35 * b, 0.35 + 0.6 * c).astype(int)
-    for stone, fill in zip(stones.reshape(40, 10).tolist(), fills.tolist()):
-        pen.polygon(stone, fill=(*fill, 140))
-    chips = np.asarray(chips.reduce(2), np.float32)
+    wall = ramp * _rgb(wall_hue, 0.08, value) + (1 - ramp) * _rgb(wall_hue + 0.08, 0.2, value * 0.9)
+    dots = Image.new("RGBA", (big, big))
+    pen = ImageDraw.Draw(dots)
+    for x, y, radius, tint, dark in rng.uniform(0, 1, (4, 5)):
+        x, y, radius = x * big, y * big, (0.07 + 0.07 * radius) * big
+        fill = _rgb(wall_hue + 0.4 * tint, 0.35, value * (0.7 + 0.25 * dark)).astype(int)
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*fill.tolist(), 255))
+    dots = np.asarray(dots.reduce(3), np.float32)
 
     # The object: polygons under a random similarity with a little aspect, flip and rotation.
-    turn, scale, aspect = rng.uniform(-0.22, 0.22), rng.uniform(0.64, 0.80), rng.uniform(0.92, 1.08)
-    shift = rng.uniform(-0.16, 0.16, 2)
+    turn, scale, aspect = rng.uniform(-0.2, 0.2), rng.uniform(0.74, 0.88), rng.uniform(0.94, 1.06)
+    shift = rng.uniform(-0.1, 0.1, 2)
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * scale
     matrix = matrix @ np.diag([aspect * rng.choice([-1, 1]), 1 / aspect])
     main = _rgb(hue, rng.uniform(0.6, 0.9), rng.uniform(0.75, 1.0))
     second = _rgb(hue + rng.choice([0.12, -0.12, 0.5]), 0.55, rng.uniform(0.6, 0.95))
     tints = main, second, np.array([246, 240, 228]), _rgb(hue, 0.45, 0.25)
-    shape, body = Image.new("RGBA", (big, big)), Image.new("L", (big, big))
-    pen, body_pen = ImageDraw.Draw(shape), ImageDraw.Draw(body)
+    shape = Image.new("RGBA", (big, big))
+    pen = ImageDraw.Draw(shape)
     for points, tint in OBJECTS[Shapes.classes[label]]:
         points = (((np.asarray(points) @ matrix.T + shift) / 2 + 0.5) * big).ravel().tolist()
         pen.polygon(points, fill=(*tints[tint].astype(int), 255))
-        body_pen.polygon(points, fill=255 if tint == 0 else 0)
-    shape, body = np.asarray(shape.reduce(3), np.float32), np.asarray(body.reduce(3), np.float32)[..., None] / 255
+    shape = np.asarray(shape.reduce(3), np.float32)
     mask = shape[..., 3:] / 255  # (S, S, 1)
 
-    # Stripes on the main colour, light from one side, a soft shadow on the wall, grain.
-    angle, waves = rng.uniform(0, np.pi), rng.uniform(4, 9)
-    stripes = np.sin(waves * np.pi * (axis[None] * np.cos(angle) + axis[:, None] * np.sin(angle)))[..., None] > 0.3
-    paint = shape[..., :3] * (1 - 0.2 * stripes * body)
+    # Light from one side, a soft shadow on the wall.
     light = rng.uniform(0, 2 * np.pi)
-    paint = paint * (1.0 - 0.24 * (axis[None] * np.cos(light) + axis[:, None] * np.sin(light)))[..., None]
+    paint = shape[..., :3] * (1.0 - 0.2 * (axis[None] * np.cos(light) + axis[:, None] * np.sin(light)))[..., None]
     offset = np.round(np.array([np.sin(light), np.cos(light)]) * size * 0.045).astype(int)
     shadow = Image.fromarray((mask[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(size * 0.03))
     shadow = np.roll(np.asarray(shadow, np.float32), offset, (0, 1))[..., None] / 255
-    picture = (wall + (chips[..., :3] - wall) * chips[..., 3:] / 255) * (1 - 0.45 * shadow)
-    picture = picture * (1 - mask) + paint * mask + rng.normal(0, 3, (size, size, 1))
+    picture = (wall + (dots[..., :3] - wall) * dots[..., 3:] / 255) * (1 - 0.35 * shadow)
+    picture = picture * (1 - mask) + paint * mask
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))

@@ -48,9 +48,9 @@ def validate(net, loader, device, bad):
     net.eval()
     loss = correct = n = 0
     for images, labels, index in loader:
-        bad(-1 - index)
-        labels = labels[index >= 0].to(device)
-        logits = net(data.to_float(images[index >= 0], device), ("logit",))["logit"]
+        bad(index)
+        labels = labels[index < 0].to(device)
+        logits = net(data.to_float(images[index < 0], device), ("logit",))["logit"]
         loss += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
         n += len(labels)
@@ -62,8 +62,8 @@ def validate(net, loader, device, bad):
 def measure_scale(net, loader, device):
     """Mean square of each layer on training images, which the perceptual loss divides by."""
     net.eval()
-    squares = [[f.square().mean() for f in net(data.to_float(images[index >= 0], device), losses.LAYERS).values()]
-               for images, _, index in loader if (index >= 0).any()]
+    squares = [[f.square().mean() for f in net(data.to_float(images[index < 0], device), losses.LAYERS).values()]
+               for images, _, index in loader if (index < 0).any()]
     net.mean_square.copy_(torch.tensor(squares).mean(0))
     net.train()
 
@@ -77,7 +77,7 @@ def main():
         raise BadInput("a batch of one: batch norm needs two images a micro-batch at least, raise --batch_size")
     run = runtime.Run(args, "vgg")
     data.check_image_size(args.image_size, 8)
-    source, val, _ = data.open_data(args)
+    source, val = data.open_data(args)
     if not source.classes or tuple(source.classes) != tuple(val.classes):
         raise BadInput(f"--data {args.data} has no classes, or --val has others: a classifier needs a folder of class "
                        f"folders, or shapes")

@@ -99,6 +99,16 @@ def vgg(tmp_path_factory):
 
 
 @pytest.fixture
+def many_photos(tmp_path):
+    """A folder of two classes with 160 small pictures: enough to hold some out."""
+    for i in range(160):
+        path = tmp_path / "many" / ("cats", "dogs")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "many"
+
+
+@pytest.fixture
 def photos(tmp_path):
     """A folder of two classes with pictures of many modes, sizes and formats, all decodable."""
     rng = np.random.default_rng(0)

@@ -1,14 +1,16 @@
 """Sources, decoding, crops, and the order of images."""
 import io
+import itertools
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import data
-from data import EvalImages, Folder, TrainImages
+from data import EvalImages, Folder, Part, TrainImages
 from miniature.shapes import Shapes, draw
 from runtime import BadInput
 
@@ -18,6 +20,8 @@ class Args:
 
 
 CPU = torch.device("cpu")
+IMAGENETTE = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
+              "n03445777", "n03888257")  # its class folders
 
 
 def stream(source, start=0, **options):
@@ -162,7 +166,7 @@ def test_eval_images_come_once_over_all_processes(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(data.runtime, "world", lambda: 3)
         monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
-        indices += [i for b in data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, n=17) for i in b[2].tolist()]
+        indices += itertools.chain(*data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, n=17).batch_sampler)
     assert len(indices) == len(set(indices)) == 17 and set(indices) <= set(range(20))
 
 
@@ -237,7 +241,7 @@ def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("skipped") == 1 and "bad0.jpg" in out and len(bad.found) == 1 and bad.seen == 320
     index = torch.cat([b[2] for b in data.eval_loader(EvalImages(source, 16), 8, 0, CPU)])
-    assert (index < 0).sum() == 1 and source.name(-1 - int(index.min())).endswith("bad0.jpg")
+    assert (index >= 0).sum() == 1 and source.name(int(index.max())).endswith("bad0.jpg")
 
 
 def test_too_many_unreadable_images_stop_the_run(tmp_path):
@@ -300,33 +304,121 @@ def test_small_images_are_refused(photos):
         data.check_size(Folder(photos), 256, photos)
 
 
-def test_data_and_val(photos, capsys):
-    def open_data(training=None, val=None):
-        args = Namespace(data=training and str(training), val=val and str(val), image_size=32)
-        return args, *data.open_data(args)
+def open_data(training=None, val=None, batch_size=1, like=None):
+    args = Namespace(data=training and str(training), val=val and str(val), image_size=32, batch_size=batch_size)
+    return args, *data.open_data(args, like)
 
-    args, source, val, n = open_data()
+
+def test_data_and_val(photos, capsys):
+    args, source, val = open_data()
     assert args.data == "shapes" and "NO --data: TRAINING ON DRAWN PICTURES" in capsys.readouterr().out
     for _ in range(2):
-        assert (len(source), len(val), n) == (20_000, 2_000, 0) and source.signature() != val.signature()
-        args, source, val, n = open_data("shapes")
+        assert (len(source), len(val)) == (20_000, 2_000) and source.signature() != val.signature()
+        args, source, val = open_data("shapes")
         assert capsys.readouterr().out == ""  # as asked for
-    _, source, val, n = open_data(photos)
-    assert val is source and len(val) == 8 and n == 5000 and "no --val" in capsys.readouterr().out
     for training in (photos, "shapes"):
-        _, source, val, n = open_data(training, photos)
-        assert val is not source and len(val) == 8 and n == 0 and "no --val" not in capsys.readouterr().out
-    _, source, val, n = open_data(photos, "shapes")
+        _, source, val = open_data(training, photos)
+        assert val is not source and len(val) == 8 and "no --val" not in capsys.readouterr().out
+    _, source, val = open_data(photos, "shapes")
     assert len(val) == 2_000
+    args, source, val = open_data(like={"data": str(photos), "val": "shapes"})  # of the tokenizer
+    assert (args.data, args.val, len(source), len(val)) == (str(photos), "shapes", 8, 2_000)
+    with pytest.raises(BadInput, match="8 training images, fewer than --batch_size 9"):
+        open_data(photos, photos, batch_size=9)
+    Image.new("RGB", (8, 8)).save(photos / "cats" / "small.png")  # one does no harm, a majority does
+    open_data("shapes", photos)
+    for i in range(9):
+        Image.new("RGB", (8, 8)).save(photos / "cats" / f"small{i}.png")
     for training, val in ((photos, None), ("shapes", photos)):
-        Image.new("RGB", (8, 8)).save(photos / "cats" / "small.png")  # one does no harm, a majority does
-        open_data(training, val)
-        for i in range(9):
-            Image.new("RGB", (8, 8)).save(photos / "cats" / f"small{i}.png")
         with pytest.raises(BadInput, match=f"{photos}: images are smaller than the crop"):
             open_data(training, val)
-        for path in (photos / "cats").glob("small*"):
-            path.unlink()
+
+
+def test_validation_images_are_held_out(tmp_path, photos, capsys):
+    for i in range(200):
+        folder = tmp_path / "many" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
+    _, source, val = open_data(tmp_path / "many")
+    assert "64 of the images are held out" in capsys.readouterr().out and source.classes == val.classes == ["a", "b"]
+    values = [[part.load(i).getpixel((0, 0))[0] for i in range(len(part))] for part in (source, val)]
+    assert len(values[1]) == 64 and sorted(values[0] + values[1]) == [*range(200)]
+    for part, its in zip((source, val), values):
+        assert [part.label(i) for i in range(len(part))] == [value % 2 for value in its]
+        assert [part.name(i).split("/")[-1] for i in range(len(part))] == [f"{value}.png" for value in its]
+    for split, its in zip(("train", "val"), values):  # the same ones for fid.py and data.py
+        part = data.open_part(str(tmp_path / "many"), split)
+        assert [part.load(i).getpixel((0, 0))[0] for i in range(len(part))] == its
+    assert len(data.open_part(str(tmp_path / "many"))) == 200 and len(data.open_part("shapes", "val")) == 2_000
+    signatures = {part.signature() for part in (source, val, data.open_source(str(tmp_path / "many")))}
+    assert len(signatures) == 3
+    sizes = {n: len(data.hold_out(Part(Shapes(), np.arange(n)), "x")[1]) for n in (1000, 10_000)}
+    assert sizes == {1000: 64, 10_000: 200}
+    with pytest.raises(BadInput, match="8 images, too few to hold out 64 of them for validation: give --val"):
+        open_data(photos)
+    many = Folder(tmp_path / "many")
+    many.classes, many.labels[data.choose(200, 64)[5]] = ["a", "b", "rare"], 2  # its one image is held out
+    with pytest.raises(BadInput, match="all of class rare: give --val"):
+        data.hold_out(many, "many")
+
+
+def test_torchvision_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source = data.open_source("torchvision:FakeData")
+    assert (len(source), len(source.classes), source.splits) == (1000, 10, False)
+    assert source.load(3).size == (224, 224) and source.load(3).mode == "RGB" and source.label(3) in range(10)
+    assert source.label(3) == source.set[3][1]
+    assert source.signature() == data.open_source("torchvision:FakeData").signature()
+    _, training, val = open_data("torchvision:FakeData")
+    assert (len(training), len(val)) == (936, 64)
+    # Imagenette's layout; what is there is not downloaded again
+    for split, n in (("train", 3), ("val", 2)):
+        for k, name in enumerate(IMAGENETTE):
+            folder = tmp_path / "data" / "imagenette2" / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (40, 50), (k, i, 0)).save(folder / f"{i}.JPEG")
+    args, source, val = open_data("torchvision:Imagenette")
+    assert (len(source), len(val), source.splits) == (30, 20, True) and source.signature() != val.signature()
+    assert source.classes == val.classes and source.classes[:2] == ["tench", "English springer"]
+    assert [source.label(i) for i in range(0, 30, 3)] == [*range(10)] and source.load(29).size == (40, 50)
+    assert len(data.open_source("torchvision:Imagenette", "val")) == 20
+    images, labels, index = EvalImages(source, 32)[29]
+    assert images.shape == (3, 32, 32) and (labels, index) == (9, -1)
+    path = tmp_path / "data" / "imagenette2" / "train" / IMAGENETTE[0] / "1.JPEG"
+    path.write_bytes(b"x")
+    assert TrainImages(source, 32, "random", 0).view(1, 0)[1:] == (0, 1) and EvalImages(source, 32)[1][2] == 1
+    assert capsys.readouterr().out.count("note") == 0
+
+
+class Attributes(torchvision.datasets.FakeData):  # as CelebA's 40
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0], torch.zeros(40)
+
+
+class Moving(torchvision.datasets.FakeData):  # as MovingMNIST
+    def __getitem__(self, i):
+        return torch.zeros(20, 1, 64, 64), 0
+
+
+def test_torchvision_sets_that_do_not_fit(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("Imagenete", "no data set that torchvision downloads, but Imagenette"),
+                        ("ImageFolder", "no data set"), ("xyz", "but FakeData, CIFAR10, CIFAR100, ")):
+        with pytest.raises(BadInput, match=f"torchvision:{name}: .*{words}"):
+            data.open_source(f"torchvision:{name}")
+    monkeypatch.setattr(torchvision.datasets, "FakeData", Attributes)
+    source = data.open_source("torchvision:FakeData")
+    assert source.classes == [] and source.label(5) == 0 and "without labels" in capsys.readouterr().out
+    monkeypatch.setattr(torchvision.datasets, "FakeData", Moving)
+    with pytest.raises(BadInput, match="torchvision:FakeData is no set of images"):
+        data.open_source("torchvision:FakeData")
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    with pytest.raises(BadInput, match="torchvision:CIFAR10 is not in data/, and can't be downloaded: no route"):
+        data.open_source("torchvision:CIFAR10")
 
 
 def test_data_py_checks_and_exports(script, photos, tmp_path, capsys):

@@ -24,7 +24,7 @@ from runtime import BadInput
 from train_tokenizer import build, fingerprint, load_tokenizer
 from transformer import Transformer
 
-PRIOR = ["--size", "tiny", "--classes", 10, "--iters", 4, "--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--views", 2,
+PRIOR = ["--size", "tiny", "--iters", 4, "--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--views", 2,
          "--log_every", 1, "--device", "cpu"]
 
 
@@ -36,8 +36,9 @@ def save_tokenizer(path, seed=0, **options):
     x = data.to_float(torch.stack([data.EvalImages(Shapes(), 16)[i][0] for i in range(16)]), torch.device("cpu"))
     z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
     model.quantizer.codebook.data = z[torch.randperm(len(z))[:16]].clone()
-    torch.save({"kind": "tokenizer", "args": {"image_size": 16}, "step": 0, "config": config,
-                "model": model.state_dict(), "ema": None}, path)
+    args = {"image_size": 16, "data": "shapes", "val": None}
+    torch.save({"kind": "tokenizer", "args": args, "step": 0, "config": config, "model": model.state_dict(),
+                "ema": None}, path)
     return path
 
 
@@ -78,11 +79,11 @@ def cache(run, split="train"):
 
 def test_the_cache_holds_the_codes_of_the_views(train, tmp_path, tokenizer, capsys):
     train()
-    assert capsys.readouterr().out.count("NO --data: TRAINING ON DRAWN PICTURES") == 1
+    assert "no --data: shapes, as the tokenizer was trained on" in capsys.readouterr().out
     rows, labels = cache(tmp_path / "prior")
     assert rows.shape == (600, 64) and rows.dtype == np.uint16 and labels.dtype == np.int32
     model, source = load_tokenizer(tokenizer), Shapes()
-    views = train_prior.Views(source, 16, "random", 2, 0)
+    views = train_prior.Views(source, 16, "random", 2)
     for row in (0, 1, 77, 599):
         image, label, _ = views[row]
         assert labels[row] == label == source.label(row // 2)
@@ -139,12 +140,13 @@ class Killed(BaseException):
 
 def test_an_interrupted_cache_goes_on(train, tmp_path, monkeypatch):
     """Killed between two chunks, after the last one, between the two files that they become, and before they go."""
+    monkeypatch.setattr(train_prior, "CHUNK", 256)
     whole = train(out="whole")
     save_file, calls, moment = runtime.save_file, [], ""
 
     def to_float(images, device, real=data.to_float):
         calls.append(len(images))
-        if moment == "to_float" and len(calls) == 2:
+        if moment == "to_float" and len(calls) == 10:  # in the second chunk of 256, by 32
             raise Killed
         return real(images, device)
 
@@ -168,7 +170,7 @@ def test_an_interrupted_cache_goes_on(train, tmp_path, monkeypatch):
         assert len(list((folder / "chunks").iterdir())) == done
         moment, calls = "", []
         cut = train(out=out)
-        assert calls == [256, 88] * (done < 3) + [40]  # what was there is not made again; 40 of val
+        assert calls == ([32] * 10 + [24]) * (done < 3) + [32, 8]  # what was there is not made again; 40 of val
         for split in ("train", "val"):
             for file in ("codes.npy", "labels.npy"):
                 a, b = (next((tmp_path / run / "codes").glob(f"{split}-*")) / file for run in ("whole", out))
@@ -233,13 +235,14 @@ def test_a_resumed_prior_is_the_undisturbed_one(train, signal_in):
     assert all(same(whole[k], parts[k]) for k in ("model", "optimizer", "step", "ema"))
 
 
-def test_a_folder_without_val(train, tmp_path, photos, capsys):
-    train("--data", photos)
+def test_a_folder_without_val(train, tmp_path, many_photos, capsys):
+    train("--data", many_photos)
     out = capsys.readouterr().out
-    assert "no --val" in out and "NO --data" not in out
-    assert cache(tmp_path / "prior", "val")[0].shape == (8, 64)
+    assert "64 of the images are held out" in out and "no --data" not in out
+    assert cache(tmp_path / "prior")[0].shape == (2 * 96, 64) and cache(tmp_path / "prior", "val")[0].shape == (64, 64)
     state = torch.load(tmp_path / "prior/ckpt.pt", weights_only=True)
-    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 10
+    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 2
+    assert train("--data", many_photos, "--classes", 0, out="without")["config"]["classes"] == 0
 
 
 def test_sigterm_saves(tokenizer, tmp_path, photos):
@@ -294,7 +297,7 @@ def test_samples_on_disk(script, train, tmp_path, tokenizer, kind):
     saved = np.load(tmp_path / "a/samples.npz")
     assert saved["arr_1"].tolist() == [3, 5] * 6 and saved["arr_0"].shape == (12, 16, 16, 3)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a/png/000007.png")), saved["arr_0"][7])
-    assert Image.open(tmp_path / "a/grid.png").size == (8 * 18 + 2, 2 * 18 + 2)
+    assert Image.open(tmp_path / "a/grid.png").size == (6 * (8 * 18 + 2), 6 * (2 * 18 + 2))  # enlarged
     settings = json.loads((tmp_path / "a/sampler.json").read_text())
     assert settings["cfg"] == 1 and settings["n"] == 12 and (("top_p" in settings) and settings["kind"] == kind)
     assert not list((tmp_path / "a").glob("part*"))
@@ -319,7 +322,7 @@ def test_streamed_samples_are_what_savez_writes(script, train, tmp_path, tokeniz
 
 
 def test_only_classes_of_the_data_are_drawn_by_default(script, train, tmp_path, tokenizer, photos):
-    train("--data", photos)
+    train("--data", photos, "--val", photos)
     script("sample", "--prior", tmp_path / "prior/ckpt.pt", "--tokenizer", tokenizer, "--device", "cpu", "--n", 4,
            "--out", tmp_path / "a")
     assert np.load(tmp_path / "a/samples.npz")["arr_1"].tolist() == [0, 1, 0, 1]
@@ -370,7 +373,7 @@ def test_teacher_forcing_reproduces_an_overfitted_set(script, tokenizer, tmp_pat
     out = capsys.readouterr().out
     accuracy = re.findall(r"teacher-forced top-1 accuracy ([\d.]+) %", out)
     assert len(accuracy) == 2 and min(map(float, accuracy)) > 97
-    assert Image.open(tmp_path / "view/teacher_forced.png").size == (5 * 18 + 2, 8 * 18 + 2)
+    assert Image.open(tmp_path / "view/teacher_forced.png").size == (6 * (5 * 18 + 2), 6 * (8 * 18 + 2))
 
 
 def test_the_view_predicts_from_the_true_context(tokenizer, train, tmp_path, script):
@@ -392,7 +395,7 @@ def test_the_view_predicts_from_the_true_context(tokenizer, train, tmp_path, scr
     script("sample", "--teacher_forced", "shapes", "--n", 1, "--out", tmp_path / "v", "--device", "cpu", "--runs",
            f"{tmp_path}/prior/ckpt.pt:{tokenizer}")
     expected = model.decode_indices(torch.stack(slow).view(1, 8, 8))
-    grid = np.asarray(Image.open(tmp_path / "v/teacher_forced.png"))
+    grid = np.asarray(Image.open(tmp_path / "v/teacher_forced.png"))[::6, ::6]  # enlarged for the eye
     exact = ((expected.clamp(-1, 1) + 1) * 127.5).round().byte()[0].permute(1, 2, 0).numpy()
     assert np.abs(grid[2:-2, 38:54].astype(int) - exact).max() <= 1
 
@@ -444,11 +447,14 @@ def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path
             ([*good, "--top_p", 1.1], "at most 1"), ([*good, "--top_k", 17], "top_k"),
             ([*good, "--steps", 3], "are for NAR"), ([*good, "--cfg", 1], "null class"),
             ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "use 0 to 9"),
-            (["--prior", prior], "needs --tokenizer"), ([*good, tmp_path / "t"], "one folder for each"),
+            (["--prior", prior], "runs/tokenizer/ckpt.pt: no such file; python train_tokenizer.py makes"),
+            ([*good, tmp_path / "t"], "one folder for each"),
             ([*good, tmp_path / "s"], "one folder for each"),
             (["--noise", "shapes", "--tokenizer", "a", "b"], "one --tokenizer"),
             (["--prior", tokenizer, "--tokenizer", tokenizer], "holds a tokenizer checkpoint"),
-            (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"), ([], "give one of"),
+            (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"),
+            ([], "runs/prior/best.pt: no such file; python train_prior.py makes"),
+            (["--prior", prior, "--noise", "shapes"], "give one of"),
             (["--teacher_forced", "shapes"], "belong together"),
             (["--teacher_forced", "shapes", "--runs", str(prior)], "PRIOR:TOKENIZER"),
             (["--teacher_forced", tmp_path / "none", "--runs", f"{prior}:{tokenizer}"], "no such folder"),

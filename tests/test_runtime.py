@@ -140,7 +140,7 @@ def test_a_used_folder_is_refused_and_resumed(tmp_path):
     run.save(2, model=w.state_dict(), config={})
     with pytest.raises(BadInput, match="already holds a run"):
         runtime.Run(arguments(tmp_path), "tokenizer")
-    with pytest.raises(BadInput, match=r"made with --batch_size 4, not 8"):
+    with pytest.raises(BadInput, match=r"made with batch_size 4, not 8"):
         runtime.Run(arguments(tmp_path, resume=True, batch_size=8), "tokenizer").resume()
     with pytest.raises(BadInput, match="holds a tokenizer checkpoint"):
         runtime.Run(arguments(tmp_path, resume=True), "prior").resume()

@@ -4,7 +4,9 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -335,11 +337,41 @@ runtime.run(lambda: None)  # leaves the process group
         assert torch.allclose(one, two, atol=1e-5)
 
 
-def test_photographs_of_all_kinds(train, photos, tmp_path, capsys):
+def test_photographs_of_all_kinds(train, photos, many_photos, tmp_path, capsys):
     train("--data", photos, "--val", photos, "--crop", "resized")
     assert lines(tmp_path / "run", "val")[0]["l1"] > 0 and "NO --data" not in capsys.readouterr().out
-    train("--data", photos, out="noval")
-    assert "no --val" in capsys.readouterr().out
+    train("--data", many_photos, out="noval")
+    assert "64 of the images are held out" in capsys.readouterr().out
+
+
+def test_defaults_chain(script, vgg, tmp_path, monkeypatch, many_photos, capsys):
+    """Each script finds what the last one made, and its data; what is missing is named with its maker."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("miniature.shapes.Shapes.SIZES", {"train": 300, "val": 40})
+    prior = ["train_prior", "--size", "tiny", "--iters", 2, "--batch_size", 8, "--workers", 0, "--views", 1]
+    for words, maker in ((prior, "train_tokenizer.py"), (["sample"], "train_prior.py")):
+        with pytest.raises(BadInput, match=f"no such file; python {maker}"):
+            script(*words)
+    script("train_tokenizer", *TINY, "--vgg", vgg, "--data", many_photos, "--iters", 2)
+    script("train_tokenizer", "--phase", 2, "--vgg", vgg, "--iters", 2, "--batch_size", 8, "--workers", 0)
+    script(*prior)
+    assert capsys.readouterr().out.count(f"no --data: {many_photos}, as the tokenizer was trained on") == 2
+    script("sample", "--n", 4)
+    saved = np.load("samples/samples.npz")
+    assert saved["arr_0"].shape == (4, 16, 16, 3) and saved["arr_1"].tolist() == [0, 1, 0, 1]
+    assert json.loads(Path("samples/sampler.json").read_text())["tokenizer"] == "runs/phase2/ckpt.pt"
+    Path("runs/phase2/ckpt.pt").unlink()
+    script("sample", "--n", 4, "--out", "again")
+    assert json.loads(Path("again/sampler.json").read_text())["tokenizer"] == "runs/tokenizer/ckpt.pt"
+
+
+def test_a_run_goes_on_with_a_lower_rate(train, signal_in):
+    """As the messages about non-finite gradients advise."""
+    signal_in(2)
+    train()
+    signal_in(None)
+    args = train("--resume", "--lr", 1e-5)["args"]
+    assert args["lr"] == args["disc_lr"] == 1e-5
 
 
 @pytest.mark.parametrize("words, told", [([], 1), (["--data", "shapes"], 0)])
@@ -411,7 +443,7 @@ def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
     for words, message in [
             (["--alpha", 1.5], "at most 1"), (["--image_size", 17], "multiple of 2"),
             (["--batch_size", 7, "--accum", 2], "not divisible"), (["--data", tmp_path / "none"], "no such folder"),
-            (["--data", tmp_path / "empty"], "holds no images"), (["--phase", 2], "needs --init"),
+            (["--data", tmp_path / "empty"], "holds no images"), (["--phase", 2], "no such file; python train_tok"),
             (["--vq_start", 2, "--codebook", "kmeans"], "--vq_start goes with"),
             (["--vq_start", 2, "--codebook", "factorized"], "--vq_start goes with"),
             (["--vq_start", 2, "--init", good], "--vq_start goes with"),
@@ -434,7 +466,7 @@ def test_bad_input_is_refused_in_one_sentence(train, tmp_path, vgg, photos):
 def test_a_refusal_is_one_line_and_exit_code_2(launch, tmp_path):
     done = launch(["train_tokenizer.py", "--phase", 2, "--out", tmp_path / "x"], check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train_tokenizer.py: --phase 2 needs --init")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train_tokenizer.py: runs/tokenizer/ckpt.pt:")
 
 
 def test_train_vgg(script, launch, photos, tmp_path, monkeypatch, capsys):
@@ -451,15 +483,18 @@ def test_train_vgg(script, launch, photos, tmp_path, monkeypatch, capsys):
     features = net(x, losses.LAYERS)
     for i, layer in enumerate(losses.LAYERS):  # after the division a layer's mean square is 1
         assert features[layer].square().mean().item() == pytest.approx(net.mean_square[i].item(), rel=0.2)
-    script("train_vgg", *words, "--data", photos, "--val", photos, "--iters", 5, "--out", tmp_path / "photos")
+    script("train_vgg", *words, "--data", photos, "--val", photos, "--batch_size", 8, "--iters", 5,
+           "--out", tmp_path / "photos")
     assert lines(tmp_path / "photos", "val")[0]["accuracy"] >= 0
     # as a command, from any directory: its imports are found
     launch(["miniature/train_vgg.py", *words, "--iters", 1, "--out", "here"], cwd=tmp_path)
     assert lines(tmp_path / "here", "val")[0]["accuracy"] >= 0
     flat = tmp_path / "flat"
     flat.mkdir()
-    Image.new("RGB", (32, 32)).save(flat / "a.png")
-    for wrong, message in [(["--data", flat], "no classes"), (["--image_size", 20], "multiple of 8"),
-                           (["--data", photos, "--labels", "fine"], "for --data shapes")]:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (32, 32)).save(flat / name)
+    for wrong, message in [(["--data", flat, "--val", flat, "--batch_size", 2], "no classes"),
+                           (["--image_size", 20], "multiple of 8"),
+                           (["--data", photos, "--val", photos, "--batch_size", 8, "--labels", "fine"], "for --data")]:
         with pytest.raises(BadInput, match=message):
             script("train_vgg", *words, *wrong, "--out", tmp_path / "x")

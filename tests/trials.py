@@ -46,7 +46,7 @@ torch.set_num_threads(1)
 TRAIN = "--image_size 16 --iters 9 --batch_size 4 --log_every 2 --eval_every 3 --save_every 1 --device cpu --resume"
 TOKENIZER = (f"train_tokenizer.py {TRAIN} --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 "
              f"--disc_ramp 2 --r1_every 2 --ema 0.9 --val_n 4")
-PRIOR = TRAIN.replace("--image_size 16", "") + " --size tiny --classes 10 --ema 0.9 --workers 0"
+PRIOR = TRAIN.replace("--image_size 16", "") + " --size tiny --ema 0.9 --workers 0"
 
 
 # ----------------------------------------------------------------------------------------------- jobs in forks
