@@ -228,7 +228,7 @@ class Tokenizer:
 
 def prior(args, kind, device):
     """A step of train_prior.py, as a call."""
-    flags, guard = default_flags(train_prior, "--tokenizer", "-", "--kind", kind), runtime.Guard(device)
+    flags, guard = default_flags(train_prior, "--kind", kind, "--classes", "1000"), runtime.Guard(device)
     b, K, N = args.batch_size, args.codebook_size, args.tokens
     random = np.random.default_rng(0).integers
     cache = random(K, size=(b, N)), random(flags.classes, size=b)

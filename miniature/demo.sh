@@ -4,6 +4,7 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
+#     DEMO_STEPS=3000 bash miniature/demo.sh               # the length of docs/miniature.md: an hour
 #     DEMO_STEPS=20000 bash miniature/demo.sh              # a longer fit, for a GPU
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
@@ -13,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1}
-steps=${DEMO_STEPS:-1300}      # of phase 1; the other stages follow it
+steps=${DEMO_STEPS:-1200}      # of phase 1; the other stages follow it
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
@@ -36,7 +37,7 @@ finished() { [ -e "$1" ]; }
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --val_n 500
            --eval_every 500 --save_every 200 --seed $seed"
-prior="$common --size tiny --views 1 --batch_size 16 --iters $((steps * 12 / 10)) --lr 2e-3 --lr_end 1e-4
+prior="$common --size tiny --views 1 --batch_size 16 --iters $((steps * 16 / 10)) --lr 2e-3 --lr_end 1e-4
        --decay_start 0 --dropout 0 --eval_every 400 --save_every 200 --seed $seed"
 
 # The perceptual network and the evaluation classifier: VGG16 is made for photographs, not for these pictures. Labels

@@ -1,12 +1,19 @@
-"""What README.md and docs/ say of the code is true: files, functions, equations, flags. No line numbers."""
+"""What README.md and docs/ say of the code is true: files, functions, equations, flags, patches. No line numbers."""
 import importlib
 import inspect
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import torchvision
 from conftest import FOLDERS, ROOT, SCRIPTS, parser_of
+from PIL import Image
 from torch.distributed.run import get_args_parser
 
 README = (ROOT / "README.md").read_text()
@@ -108,6 +115,77 @@ def test_commands_are_found():
                   "torchrun --nproc_per_node=8 train_prior.py --tokenizer runs/ff1/ckpt.pt --data ffhq/train",
                   "python train_prior.py --data shapes --workers 0", "bash miniature/demo.sh"):
         assert any(line.startswith(start) for line in found), start
+
+
+PATCHES = dict(zip(("fsq", "convnext", "listed"), re.findall(r"```diff\n(.*?)```", PAGES["forking.md"], re.S), strict=True))
+SMALL = ["--image_size", "32", "--channels", "16", "16", "32", "--z_dim", "8", "--disc_channels", "8", "8", "--iters", "2",
+         "--batch_size", "4", "--workers", "0"]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("fsq", ["--codebook", "fsq", "--codebook_size", "64", "--data", "shapes", "--vgg", "{vgg}"]),
+    ("convnext", ["--vgg", "convnext_tiny", "--perceptual_layers", "logit", "--data", "shapes"]),
+    ("listed", ["--data", "list:{photos}/list.txt", "--vgg", "{vgg}"])])
+def test_patches_of_the_fork_guide(name, words, tmp_path, vgg, many_photos):
+    """Each applies, is small, and trains in both phases, with a prior and samples after them."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "miniature", tmp_path / "miniature", ignore=shutil.ignore_patterns("*.png", "weights"))
+    changed = [line for line in PATCHES[name].splitlines() if re.match(r"[+-](?!\+\+ |-- )", line)]
+    assert 5 <= len(changed) <= 25
+    subprocess.run(["git", "apply", "-"], input=PATCHES[name], text=True, cwd=tmp_path, check=True)
+    (many_photos / "list.txt").write_text("".join(f"{path.relative_to(many_photos)}\t{path.parent.name}\n"
+                                                  for path in sorted(many_photos.rglob("*.png"))))
+    words = [word.format(vgg=vgg, photos=many_photos) for word in words]
+    start = [sys.executable]
+    if name == "convnext":  # its weights can't be downloaded here: random ones, by a stand-in for the download
+        (tmp_path / "offline.py").write_text("""
+import runpy, sys, torchvision
+make = torchvision.models.convnext_tiny
+torchvision.models._api.WeightsEnum.get_state_dict = lambda self, **_: make().state_dict()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+        start += ["offline.py"]
+    for command in (["train_tokenizer.py", *SMALL, *words],
+                    ["train_tokenizer.py", "--phase", "2", "--iters", "2", "--batch_size", "4", "--workers", "0",
+                     *words[words.index("--vgg"):]],
+                    ["train_prior.py", "--size", "tiny", "--iters", "2", "--batch_size", "4", "--workers", "0"],
+                    ["sample.py", "--n", "2"]):
+        if name == "convnext" and command[0] != "train_tokenizer.py":
+            break  # a prior is the same as ever
+        done = subprocess.run([*start, *command], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    state = torch.load(tmp_path / "runs/tokenizer/ckpt.pt", weights_only=True)
+    assert state["step"] == 2 and state["args"]["data"] == words[words.index("--data") + 1]
+
+
+RECIPES = [block for block in FENCE.findall(PAGES["recipes.md"])]
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=lambda block: re.search(r"--data (\S+)", block)[1])
+def test_recipes_run(block, script, vgg, many_photos, tmp_path, monkeypatch):
+    """The commands as they stand, in a fresh folder, shortened by steps and sizes, on made data."""
+    monkeypatch.chdir(tmp_path)
+    many_photos.rename("photos")
+    for split in ("train", "val"):
+        for k, name in enumerate(("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916",
+                                  "n03417042", "n03425413", "n03445777", "n03888257")):
+            (tmp_path / "data/imagenette2" / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 50), (20 * k, 99, 0)).save(tmp_path / "data/imagenette2" / split / name / "0.JPEG")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", torchvision.datasets.FakeData)
+    short = {"data": ["--image_size", "32", "--workers", "0"],
+             "train_tokenizer": ["--vgg", vgg, *SMALL, "--codebook_size", "16", "--disc_ramp", "1"],
+             "train_prior": ["--size", "tiny", "--iters", "2", "--batch_size", "4", "--workers", "0", "--views", "1"],
+             "sample": ["--n", "12"], "fid": ["--features", vgg, "--workers", "0"]}
+    done = []
+    for words in filter(None, map(shlex.split, map(lambda line: line.split("#")[0], block.splitlines()))):
+        assert words[0] == "python"
+        name = Path(words[1]).stem
+        script(name, *words[2:], *short[name])
+        done.append(name)
+    assert [*dict.fromkeys(done)][-4:] == ["train_tokenizer", "train_prior", "sample", "fid"]
+    assert np.load("samples/samples.npz")["arr_0"].shape == (12, 32, 32, 3)
 
 
 def test_no_placeholder_is_left():
