@@ -228,10 +228,15 @@ def sheet(path, rows, scale=3):
     print(f"wrote {path}")
 
 
+def pixels(images):
+    """Float (n, 3, H, W) in [-1, 1] -> uint8 (n, H, W, 3)."""
+    return data.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def reconstructions(run, device, n=10):
     """Rows for `sheet`, Figs. 5a and 11: inputs; for each alpha the reconstruction, the AR prior's teacher-forced top-1
     prediction, and the reconstruction of phase 2."""
-    rows, pixels = [], lambda images: data.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
     for alpha, folder in alphas(run).items():
         one, two, x, s, top1 = load(folder, n, device)
         rows = rows or [("input", pixels(x))]

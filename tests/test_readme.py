@@ -117,9 +117,10 @@ def test_commands_are_found():
         assert any(line.startswith(start) for line in found), start
 
 
-PATCHES = dict(zip(("fsq", "convnext", "listed"), re.findall(r"```diff\n(.*?)```", PAGES["forking.md"], re.S), strict=True))
-SMALL = ["--image_size", "32", "--channels", "16", "16", "32", "--z_dim", "8", "--disc_channels", "8", "8", "--iters", "2",
-         "--batch_size", "4", "--workers", "0"]
+PATCHES = dict(zip(("fsq", "convnext", "listed"), re.findall(r"```diff\n(.*?)```", PAGES["forking.md"], re.S),
+                   strict=True))
+SMALL = ["--image_size", "32", "--channels", "16", "16", "32", "--z_dim", "8", "--disc_channels", "8", "8",
+         "--iters", "2", "--batch_size", "4", "--workers", "0"]
 
 
 @pytest.mark.parametrize("name, words", [

@@ -1,0 +1,118 @@
+"""The pictures of docs/tour.md, from one run of demo.sh with alpha 0 and 1, and from ablations.sh.
+
+    DEMO_STEPS=3000 bash miniature/demo.sh && bash miniature/ablations.sh
+    python miniature/tour.py demo --ablations ablations --out docs/tour
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import runtime  # noqa: E402
+import sample  # noqa: E402
+import vq  # noqa: E402
+from miniature.figures import alphas, load, pixels, sheet, validation  # noqa: E402
+
+
+def code_map(tokenizer, s, scale=4):
+    """Codes s (n, h, w) as images: a code's colour is its place on the codebook's first three principal axes."""
+    codes = tokenizer.quantizer.codes().detach()
+    axes = torch.pca_lowrank(codes, 3, niter=10)[2]
+    colours = (codes - codes.mean(0)) @ axes  # (K, 3)
+    colours = (255 * (0.5 + colours / (4 * colours.std(0))).clamp(0, 1)).byte().numpy()
+    return colours[s.numpy()].repeat(scale, 1).repeat(scale, 2)
+
+
+def attended(dilated, side=16, at=(5, 9)):
+    """(side, side) bool: the positions that one output of a BlockAttention depends on, by its gradient."""
+    torch.manual_seed(0)
+    block = vq.BlockAttention(64, dilated)
+    block.norm = nn.Identity()  # its statistics depend on every position a little
+    nn.init.normal_(block.out.weight)
+    x = torch.randn(1, 64, side, side, requires_grad=True)
+    block(x)[0, :, at[0], at[1]].sum().backward()
+    return x.grad[0].abs().sum(0) > 0
+
+
+def attention(path, cell=20):
+    """What block and dilated attention connect, side by side; the query is red."""
+    boards = []
+    for dilated in (False, True):
+        board = Image.new("RGB", (16 * cell + 1, 16 * cell + 1), "white")
+        pen = ImageDraw.Draw(board)
+        for (y, x), connected in np.ndenumerate(attended(dilated).numpy()):
+            fill = "#d62728" if (y, x) == (5, 9) else "#6baed6" if connected else "white"
+            pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), fill, "#bbbbbb")
+        boards.append(np.asarray(board))
+    sheet(path, [("block (left)\nand dilated\nattention", np.stack(boards))], 1)
+
+
+@torch.no_grad()
+def drawing(prior, tokenizer, labels, seed, **options):
+    """Samples as they are drawn: AR after every 8th code, NAR after each of its steps; grey is not drawn yet."""
+    known, N, ids = [], prior.tokens, range(len(labels))
+    # What a NAR prior's forward pass is given at each step; codes that are known stay as they are.
+    hook = prior.register_forward_pre_hook(lambda _, inputs: known.append(inputs[0] != prior.mask_id))
+    s = prior.generate(ids, seed, labels, **options)
+    hook.remove()
+    known = known[1:] if prior.kind == "nar" else [(torch.arange(N) < n).expand_as(s) for n in range(8, N, 8)]
+    side = round(N ** 0.5)
+    final = pixels(tokenizer.decode_indices(s.view(-1, side, side)))
+    shown = [mask.view(-1, side, side).numpy().repeat(4, 1).repeat(4, 2)[..., None] for mask in known]
+    return np.stack([*(np.where(mask, final, np.uint8(200)) for mask in shown), final], 1)  # (n, frames, H, W, 3)
+
+
+def usage(folder, path):
+    """Codes in use against step, with the entropy term and without (Table 5's rows)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(6, 3), layout="constrained")
+    for name, text in (("entropy", "with the entropy term"), ("none", "without")):
+        lines = validation(Path(folder) / name / "phase1")
+        axis.plot([v["step"] for v in lines], [100 * v["usage"] for v in lines], marker=".", label=text)
+    axis.set(xlabel="step", ylabel="codes in use, %", ylim=(0, 103))
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("run", help="folder of demo.sh")
+    parser.add_argument("--ablations", help="folder of ablations.sh")
+    parser.add_argument("--out", default="docs/tour", help="where the pictures go")
+    args = parser.parse_args()
+    out, cpu, n = Path(args.out), torch.device("cpu"), 10
+    out.mkdir(parents=True, exist_ok=True)
+    found = {alpha: (folder, *load(folder, n, cpu)) for alpha, folder in alphas(args.run).items() if alpha in (0, 1)}
+    (_, zero, _, x, s_zero, _), (folder, one, two, _, s, top1) = found[0], found[1]
+    with torch.no_grad():
+        sheet(out / "codes.png", [("input", pixels(x)), ("its 64 codes", code_map(one, s)),
+                                  ("reconstruction", pixels(two.decode_indices(s)))])
+        sheet(out / "alpha.png", [("input", pixels(x)), ("alpha 0", pixels(zero.decode_indices(s_zero))),
+                                  ("alpha 1", pixels(one.decode_indices(s)))])
+        sheet(out / "phases.png", [("input", pixels(x)), ("phase 1", pixels(one.decode_indices(s))),
+                                   ("phase 2, same codes", pixels(two.decode_indices(s)))])
+        right = (s == top1).numpy().repeat(4, 1).repeat(4, 2)[..., None]
+        sheet(out / "teacher_forced.png", [
+            ("input", pixels(x)), ("reconstruction", pixels(one.decode_indices(s))),
+            ("AR prediction, given\nthe true codes before", pixels(one.decode_indices(top1))),
+            ("right codes white", np.where(right, 255, 60).repeat(3, 3).astype(np.uint8))])
+    attention(out / "attention.png")
+    for kind, options in (("ar", {"top_p": 0.92}), ("nar", {"choice_temperature": 4.5})):
+        prior, _, state = sample.load_pair(folder / kind / "best.pt", folder / "phase1" / "ckpt.pt", cpu)
+        picks = torch.tensor([0, 4, 8])
+        names = [list(state["classes"])[label] for label in picks]
+        sheet(out / f"{kind}.png", list(zip(names, drawing(prior, two, picks, 1, **options))))
+    if args.ablations:
+        usage(args.ablations, out / "usage.png")
+
+
+if __name__ == "__main__":
+    runtime.run(main)
