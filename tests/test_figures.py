@@ -8,6 +8,7 @@ import time
 import figures
 import pytest
 import torch
+import tour
 from conftest import ROOT
 from PIL import Image
 
@@ -78,6 +79,12 @@ def test_ablation_rows_stand_beside_the_papers(tmp_path):
     assert "K-means" not in text  # was not run
 
 
+def test_block_and_dilated_attention_connect_all_in_two_steps():
+    block, dilated = tour.attended(False), tour.attended(True)
+    assert block.sum() == dilated.sum() == 16 and (block & dilated).sum() == 1  # the query
+    assert block[4:8, 8:12].all() and dilated[1::4, 1::4].all()
+
+
 def test_bad_input_is_one_sentence(script, tmp_path):
     with pytest.raises(BadInput, match="nothing to do"):
         script("figures")
@@ -92,7 +99,7 @@ def test_bad_input_is_one_sentence(script, tmp_path):
 
 
 @pytest.mark.timeout(900)  # some sixty processes, most of whose time is the import of torch
-def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path):
+def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
     # every process of the demonstration draws 300 + 60 pictures instead of 20,000 + 2,000
     (tmp_path / "sitecustomize.py").write_text("from miniature.shapes import Shapes\n"
                                                "Shapes.SIZES = {'train': 300, 'val': 60}\n")
@@ -126,3 +133,8 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in before}
     one, two = (fingerprint(load_tokenizer(out / "alpha1" / phase / "ckpt.pt")) for phase in ("phase1", "phase2"))
     assert one == two
+    script("tour", out, "--out", tmp_path / "tour")
+    for name, frames, rows in (("codes", 10, 3), ("alpha", 10, 3), ("phases", 10, 3), ("teacher_forced", 10, 4),
+                               ("ar", 8, 3), ("nar", 12, 3)):
+        with Image.open(tmp_path / "tour" / f"{name}.png") as image:
+            assert image.size == (200 + frames * 100, rows * 100)
