@@ -133,6 +133,13 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
     assert before == {p: p.stat().st_mtime_ns for p in before}
     one, two = (fingerprint(load_tokenizer(out / "alpha1" / phase / "ckpt.pt")) for phase in ("phase1", "phase2"))
     assert one == two
+    weights = tmp_path / "weights"
+    script("export", out / "alpha1", "--out", weights)
+    assert fingerprint(load_tokenizer(weights / "tokenizer.pt")) == torch.load(weights / "ar.pt")["tokenizer"]
+    assert sum(path.stat().st_size for path in weights.iterdir()) < 6e6
+    for kind in ("ar", "nar"):
+        script("sample", "--prior", weights / f"{kind}.pt", "--tokenizer", weights / "tokenizer.pt", "--n", 2, "--out",
+               tmp_path / kind)
     script("tour", out, "--out", tmp_path / "tour")
     for name, frames, rows in (("codes", 10, 3), ("alpha", 10, 3), ("phases", 10, 3), ("teacher_forced", 10, 4),
                                ("ar", 8, 3), ("nar", 12, 3)):
