@@ -58,10 +58,10 @@ def open_source(spec, split="train"):
     return Lsun(spec.removeprefix("lsun:")) if spec.startswith("lsun:") else Folder(spec)
 
 
-def open_part(spec, split=None):
-    """As open_source, but of a source without splits the whole, or with `split` one of the parts of `hold_out`."""
-    source = open_source(spec, split or "train")
-    return hold_out(source, spec)[split == "val"] if split and not source.splits else source
+def open_part(spec, split, part=True):
+    """As open_source, but of a source without splits its `part` from `hold_out`, or all of it."""
+    source = open_source(spec, split)
+    return hold_out(source, spec)[split == "val"] if part and not source.splits else source
 
 
 def open_data(args, like=None):
@@ -503,7 +503,7 @@ def main():
     add("--preview", default="preview.png", help="where the preview goes")
     add("--workers", type=runtime.count, default=min(8, os.cpu_count()), help="data loading processes")
     args = parser.parse_args()
-    device, source = torch.device("cpu"), open_part(args.data, args.split)
+    device, source = torch.device("cpu"), open_part(args.data, args.split or "train", bool(args.split))
     if args.out and Path(args.out).exists() and any(Path(args.out).iterdir()):
         raise BadInput(f"--out {args.out} is not empty: choose another folder")
     n = min(args.n or len(source), len(source))

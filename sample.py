@@ -131,7 +131,8 @@ def draw(args, device):
     b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
-                "png": args.png, "prior": args.prior, "prior_step": state["step"],
+                "png": args.png, **{key: state["args"][key] for key in ("data", "val", "image_size")},
+                "prior": args.prior, "prior_step": state["step"],
                 "prior_sha256": runtime.sha256(args.prior),
                 "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
                 "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,

@@ -1,4 +1,4 @@
-"""fid.py against pytorch-fid, torch-fidelity and scipy, against closed forms, and against bad input.
+"""fid.py against pytorch-fid, torch-fidelity, prdc, scikit-image and scipy, against closed forms, and bad input.
 
 The published weights are not needed: all tools are given one file of random weights in the published layout,
 scaled so that rounding does not grow from layer to layer (features of 0.3 that differ by 0.07)."""
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 import torchvision.models.inception as tv
 from PIL import Image
 from torch import nn
@@ -19,6 +20,8 @@ from torch import nn
 import data
 import fid
 import losses
+import metrics
+import runtime
 import train_tokenizer
 import vq
 from runtime import BadInput
@@ -106,6 +109,12 @@ def tf1(weights, folders, tmp):
     return run(*folders, weights, "--save", str(tmp / "a.npz"), "--json", str(tmp / "tf1.json"))
 
 
+@pytest.fixture(scope="module")
+def full(weights, folders, tmp):
+    """The same with --full."""
+    return run(*folders, weights, "--full", "--save", str(tmp / "full.npz"), "--json", str(tmp / "full.json"))
+
+
 def run(real, fake, weights=None, *more):
     """fid.py in this process."""
     fake, weights = ["--fake", fake] if fake else [], ["--inception", weights] if weights else []
@@ -180,6 +189,68 @@ def test_frechet_equals_scipy_at_2048_and_is_faster():
     assert value == pytest.approx(wanted, rel=1e-6)
 
 
+def prdc(real, fake):
+    """Precision and recall by the prdc package, of float32 features as Inception's are."""
+    import prdc
+    found = prdc.compute_prdc(np.asarray(real, np.float32), np.asarray(fake, np.float32), nearest_k=3)
+    return found["precision"], found["recall"]
+
+
+@pytest.mark.parametrize("n, m, mean", [(5, 9, 0), (700, 1000, 0), (1300, 2100, 0), (2100, 1300, 0), (600, 500, 1000)])
+def test_precision_and_recall_equal_prdc(n, m, mean):
+    """In blocks of 1,000 rows. With a large mean fp32 would not do: its squares leave no digits for the distances."""
+    generator = torch.Generator().manual_seed(n)
+    real, fake = (torch.randn(size, 32, generator=generator) * torch.linspace(1, 0.1, 32) for size in (n, m))
+    real, fake = real + mean, 0.8 * fake + 0.1 + mean
+    ours, theirs = metrics.precision_recall(real, fake), prdc(real, fake)
+    print(f"precision, recall {ours}, prdc {theirs}")
+    assert ours == pytest.approx(theirs, abs=1e-6) and (n < 10 or 0.1 < min(ours) and max(ours) < 0.99)
+
+
+def test_full_equals_slow_references(weights, folders, tf1, full):
+    """sFID, precision and recall from torch-fidelity's network, numpy's covariance and its singular values."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    theirs, spatial = FeatureExtractorInceptionV3("inception", ["2048"], weights).eval(), []
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda _, inputs, out: spatial.append(out[:, :7]))
+    pool3 = []
+    for folder in folders:
+        images = torch.stack([data.to_tensor(np.asarray(Image.open(p))) for p in sorted(Path(folder).iterdir())])
+        with torch.inference_mode():
+            pool3.append(theirs(images)[0].numpy())
+    real, fake = (x.permute(0, 2, 3, 1).flatten(1).double().numpy() for x in spatial)
+    assert real.shape == (N, 2023) and real.min() == 0 < real.std(0).mean()  # after the ReLU
+    (m1, a), (m2, b) = ((x.mean(0), (x - x.mean(0)) / (N - 1)**0.5) for x in (real, fake))  # the covariance is a.T @ a
+    trace = np.linalg.norm(a @ b.T, "nuc")  # tr sqrt(S1 S2), the sum of these singular values
+    wanted = (m1 - m2) @ (m1 - m2) + np.square(a).sum() + np.square(b).sum() - 2 * trace
+    print(f"sFID {full['sFID']:.6f}, slow {wanted:.6f}, relative difference {full['sFID'] / wanted - 1:.1e}")
+    assert full["sFID"] == pytest.approx(wanted, rel=1e-4)
+    assert (full["precision"], full["recall"]) == pytest.approx(prdc(*pool3), abs=1e-6)
+    for key in ("FID", "IS", "IS_std"):  # the other numbers do not depend on --full
+        assert full[key] == pytest.approx(tf1[key], rel=1e-9)
+
+
+def test_mixed_6_of_the_graph_is_mixed_6d():
+    """By the graph's count, mixed, mixed_1, ..., and by the widths of its 7x7 branches, 160 where mixed_7 has 192."""
+    net = tv.Inception3(aux_logits=False, init_weights=False)
+    mixed = [name for name, _ in net.named_children() if name.startswith("Mixed")]
+    assert mixed[6] == "Mixed_6d" and mixed[7] == "Mixed_6e"
+    assert net.Mixed_6d.branch7x7_1.conv.out_channels == 160 and net.Mixed_6e.branch7x7_1.conv.out_channels == 192
+
+
+@pytest.mark.parametrize("h, w", [(11, 11), (64, 48), (97, 130)])
+def test_psnr_and_ssim_equal_scikit_image(h, w):
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    x = pictures(1, seed=0, size=130)[0, :, :h, :w]
+    for noise in (1, 20, 200):
+        y = (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 255).byte()
+        a, b = (image.permute(1, 2, 0).numpy() for image in (x, y))
+        wanted = (peak_signal_noise_ratio(a, b, data_range=255),
+                  structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                        data_range=255, channel_axis=2))
+        assert metrics.psnr_ssim(x, y).tolist() == pytest.approx(wanted, abs=1e-9)
+    assert metrics.psnr_ssim(x, x).tolist() == pytest.approx([100, 1])
+
+
 # ----------------------------------------------------------------------------------------- closed forms
 
 def covariance(d, n, seed):
@@ -237,10 +308,10 @@ class Fixed(list):
     path = description = "pictures"
 
 
-def summary(images, batch_size, net=None):
+def summary(images, batch_size, net=None, **more):
     dataset = Fixed((image, 0, i) for i, image in enumerate(images))
     args = SimpleNamespace(batch_size=batch_size, workers=0)
-    return fid.measure(dataset, net or Pixels(), args, torch.device("cpu"))
+    return fid.measure(dataset, net or Pixels(), args, torch.device("cpu"), **more)
 
 
 def test_streaming_equals_numpy_and_any_batch_size():
@@ -282,15 +353,34 @@ def test_is_shuffles_images_that_lie_in_order_of_class():
     assert 6.7 < summary(images, 64, Certain())["IS"] <= 7
 
 
-def test_two_processes_equal_one(weights, tf1, folders, tmp, launch):
+def test_two_processes_equal_one(weights, full, folders, tmp, launch):
     """20 images in batches of 7: three batches, so the processes have 2 and 1, and the last is not full."""
-    sides = ["--real", tmp / "a.npz", "--fake", folders[1], "--inception", weights, "--device", "cpu"]
+    sides = ["--real", tmp / "full.npz", "--fake", folders[1], "--inception", weights, "--device", "cpu", "--full"]
     more = ["--batch_size", 7, "--workers", 1, "--json", tmp / "two.json"]
     done = launch(["fid.py", *sides, *more], processes=2)
     two = json.loads((tmp / "two.json").read_text())
-    assert done.stdout.count("FID ") == 1 and done.stdout.count("IS ") == 1
-    for key in ("FID", "IS", "IS_std"):
-        assert two[key] == pytest.approx(tf1[key], rel=1e-5)
+    for name in ("FID ", "IS ", "sFID ", "precision ", "recall "):
+        assert sum(line.startswith(name) for line in done.stdout.splitlines()) == 1, name
+    for key in ("FID", "IS", "IS_std", "sFID", "precision", "recall"):
+        assert two[key] == pytest.approx(full[key], rel=1e-5)
+
+
+class Spatial(Pixels):
+    """With features for sFID, as Inception has them."""
+
+    def forward(self, images):
+        self.spatial = images.float().flatten(1)[:, :1].repeat(1, 2023)
+        return super().forward(images)
+
+
+def test_features_are_kept_in_order_and_at_most_so_many():
+    images, net = pictures(50, seed=4, size=16), Spatial()
+    features = net(images)[0]
+    for batch_size in (50, 7):
+        some, every = (summary(images, batch_size, net, keep=keep) for keep in (20, 50))
+        assert torch.equal(some["features"], features[data.choose(50, 20)]) and some["mu_s"].shape == (2023,)
+        assert torch.equal(every["features"], features)
+        torch.testing.assert_close(some["sigma"], summary(images, batch_size)["sigma"], rtol=1e-9, atol=1e-9)
 
 
 def test_images_and_codes_are_counted_once_under_two_processes(classifier, tmp, launch):
@@ -308,7 +398,7 @@ def test_images_and_codes_are_counted_once_under_two_processes(classifier, tmp, 
     launch(["fid.py", *flags, "--json", tmp / "count.json", "--save", tmp / "counted.npz"], processes=2)
     two = json.loads((tmp / "count.json").read_text())
     assert 1 < one["codes_used"] == two["codes_used"] and two["n_fake"] == 25
-    for key in ("perplexity", "FD"):
+    for key in ("perplexity", "FD", "PSNR", "SSIM"):
         assert two[key] == pytest.approx(one[key], rel=1e-9)
 
     features = fid.Classifier(classifier)(images)[0].double().numpy()
@@ -336,6 +426,25 @@ def test_output_lines_and_json(tf1, tmp, folders, weights, capsys):
     assert f"measured: {N} images of {folders[1]} (64 x 64) against {tmp / 'a.npz'} ({N} images of" in out
     assert "--resize tf1, weights " in out
     assert "covariance is singular" in err and "not the published file" in err
+
+
+def test_full_prints_its_lines_and_the_protocol(weights, folders, full, tmp, capsys, monkeypatch):
+    saved = json.loads((tmp / "full.json").read_text())
+    assert {key: saved[key] for key in full} == full and "20 real and 20 fake images" in saved["measured"]
+    # The saved statistics stand for the folder. So does a file as ADM's: statistics of all, and some of the images.
+    monkeypatch.setattr(fid, "FAKE", 12)
+    with np.load(tmp / "full.npz") as arrays:
+        kept = {key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    adm = write_npz(tmp / "adm.npz", pictures(N, seed=1)[:10], **kept)
+    capsys.readouterr()
+    for reference, n in ((str(tmp / "full.npz"), N), (adm, 10)):
+        again = run(reference, folders[1], weights, "--full")
+        out = capsys.readouterr().out.splitlines()
+        for key, digits in (("FID", 2), ("sFID", 2), ("precision", 4), ("recall", 4)):
+            assert f"{key} {again[key]:.{digits}f}" in out
+        for key in ("FID", "sFID", "IS"):
+            assert again[key] == pytest.approx(full[key], rel=1e-6)
+        assert f", precision and recall by 3 neighbours, {n} real and 12 fake images, weights" in out[-1]
 
 
 def test_npz_folder_and_compressed_npz_are_the_same(classifier, folders, tmp):
@@ -393,6 +502,9 @@ def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, mon
     assert result["codes_used"] == hit <= 4 and f"usage {12.5 * hit:.1f} % ({hit} of 8)" in lines
     wanted = torch.special.entr(share).sum().exp().item()
     assert result["perplexity"] == pytest.approx(wanted) and f"perplexity {wanted:.1f}" in lines
+    wanted = [metrics.psnr_ssim(*pair).tolist() for pair in zip(cropped, x_hat)]  # equal scikit-image's
+    assert (result["PSNR"], result["SSIM"]) == pytest.approx(np.mean(wanted, 0))
+    assert f"PSNR {result['PSNR']:.2f}" in lines and f"SSIM {result['SSIM']:.4f}" in lines
     assert "12 images of" in result["real"] and "(32 x 32, shorter side" in result["real"]
 
     result = run("shapes", None, weights, "--tokenizer", "ckpt.pt", "--n", "4")  # by Inception it is an rFID
@@ -405,19 +517,100 @@ def test_tokenizer_gives_rfid_usage_and_perplexity(classifier, weights, tmp, mon
 
 def test_reconstructions_are_decoded_in_parts_of_64(classifier, tmp, monkeypatch):
     class Same(nn.Module):
-        quantizer, f, image_size, parts = SimpleNamespace(K=2), 1, 8, []
+        quantizer, f, image_size, parts = SimpleNamespace(K=2), 1, 12, []
 
         def encode(self, x):
-            return x, torch.zeros(len(x), 8, 8, dtype=torch.long), {}
+            return x, torch.zeros(len(x), 12, 12, dtype=torch.long), {}
 
         def decode(self, z_q):
             self.parts.append(len(z_q))
             return z_q
 
     monkeypatch.setattr(train_tokenizer, "load_tokenizer", lambda path, device: Same())
-    real = write_npz(tmp / "parts.npz", pictures(150, seed=8, size=8))
-    result = run(real, None, None, "--tokenizer", "ckpt.pt", "--features", classifier, "--batch_size", "130")
+    real = write_npz(tmp / "parts.npz", pictures(150, seed=8, size=12))
+    more = ("--tokenizer", "ckpt.pt", "--features", classifier)
+    result = run(real, None, None, *more, "--batch_size", "130")
     assert Same.parts == [64, 64, 2, 20] and result["FD"] < 1e-9 and result["codes_used"] == 1
+    assert (result["PSNR"], result["SSIM"]) == pytest.approx((100, 1))
+    refuse("SSIM needs 11 pixels", write_npz(tmp / "small.npz", pictures(4, seed=8, size=8)), None, None, *more)
+
+
+# ------------------------------------------------------------------------------------- torchvision's classifiers
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub("resnet18") puts random weights, as the published file is called, into torch's cache; its path."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+
+    def put(name):
+        torch.manual_seed(0)
+        net = torchvision.models.get_model(name, **{"init_weights": True} if name == "googlenet" else {})
+        path = tmp_path / "checkpoints" / torchvision.models.get_model_weights(name).DEFAULT.url.split("/")[-1]
+        torch.save(net.state_dict(), path)
+        return path
+    return put
+
+
+def test_a_classifier_of_torchvision(hub, folders, tmp_path, capsys, monkeypatch):
+    """By name, by the name of its weights, by a copy; against pictures that go through its transforms one by one."""
+    name, features = "shufflenet_v2_x0_5", []
+    cached, weights = hub(name), torchvision.models.get_model_weights(name).DEFAULT
+    net, transforms = torchvision.models.get_model(name, weights=weights).eval(), weights.transforms()
+    net.fc = nn.Identity()
+    for folder in folders:
+        images = [transforms(data.to_tensor(np.asarray(Image.open(p)))) for p in sorted(Path(folder).iterdir())]
+        with torch.no_grad():
+            features.append(net(torch.stack(images)).double())
+    mean_and_cov = [part for x in features for part in (x.mean(0), x.T.cov())]
+    wanted = fid.frechet(*mean_and_cov)
+    copy = cached.rename(tmp_path / "copy.pth")
+    refuse("is no copy of its weights", *folders, None, "--features", f"{name}:{copy}")
+    monkeypatch.setattr(runtime, "sha256", lambda path: weights.url.split("-")[-1][:8])  # as if it were the published
+    by_copy = run(*folders, None, "--features", f"{name}:{copy}")
+    copy.rename(cached)
+    by_name = run(*folders, None, "--features", name)
+    by_weights = run(*folders, None, "--features", f"{name}:IMAGENET1K_V1")
+    assert wanted > 0 and [r["FD"] for r in (by_copy, by_name, by_weights)] == pytest.approx([wanted] * 3, rel=1e-4)
+    out = capsys.readouterr().out
+    assert f"\nFD ({name}) {by_name['FD']:.2f}\n" in out and f"\nFD ({name}:IMAGENET1K_V1) " in out
+    assert f"features of {name}, weights f707e712" in out and "accuracy" not in out and "FID" not in out
+
+
+def test_a_copy_of_googlenet_has_its_transform_of_the_input(hub, monkeypatch):
+    cached = hub("googlenet")
+    monkeypatch.setattr(runtime, "sha256", lambda path: "1378be20")
+    images = pictures(2, seed=0)
+    with torch.inference_mode():
+        by_name, by_copy = (fid.Classifier(spec)(images)[0] for spec in ("googlenet", f"googlenet:{cached}"))
+    assert by_name.shape == (2, 1024) and torch.equal(by_name, by_copy)
+
+
+def test_bad_features(hub, folders, tmp_path, monkeypatch):
+    def refused(words, spec):
+        refuse(words, *folders, None, "--features", spec)
+
+    refused("did you mean convnext_tiny or", "convnet_tiny")
+    refused("torchvision.models.list_models()", str(tmp_path / "absent.pt"))
+    refused("['IMAGENET1K_V1', 'IMAGENET1K_V2']", "resnet50:IMAGENET")
+    refused("is no copy of its weights", f"resnet18:{tmp_path / 'absent.pth'}")
+    hub("squeezenet1_1")
+    refused("no linear layer", "squeezenet1_1")
+    hub("shufflenet_v2_x0_5").write_bytes(b"half of a file")
+    refused("shufflenetv2_x0.5-f707e7126e.pth elsewhere and give shufflenet_v2_x0_5:FILE", "shufflenet_v2_x0_5")
+    (tmp_path / "other.pth").write_bytes(hub("squeezenet1_1").read_bytes())
+    monkeypatch.setattr(runtime, "sha256", lambda path: "f707e712")
+    refused("does not fit", f"shufflenet_v2_x0_5:{tmp_path / 'other.pth'}")
+
+    def offline(*args, **more):
+        calls.append(args)
+        raise OSError("Network is unreachable")
+
+    calls = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    refused("no download: fetch https://download.pytorch.org/models/resnet18-f37072fd.pth elsewhere and give "
+            "resnet18:FILE: Network is unreachable", "resnet18")
+    assert calls[0][2] == "f37072fd"  # the hash is checked
 
 
 def test_samples_are_mapped_not_loaded(tmp):
@@ -522,6 +715,20 @@ def test_bad_npz(classifier, folders, tmp_path):
     refuse("No such file", folders[0], str(tmp_path / "absent.npz"), None, "--features", classifier)
 
 
+def test_bad_input_of_full(weights, tf1, full, folders, tmp, tmp_path):
+    few, small = write_pngs(tmp_path / "few", pictures(3, seed=0)), write_pngs(tmp_path / "s", pictures(4, 0, size=32))
+    statistics = str(tmp / "a.npz")
+    refuse("3 images are too few for the 3 nearest", folders[0], few, weights, "--full")
+    refuse("3 images are too few for the 3 nearest", few, folders[0], weights, "--full")
+    refuse("images of two sizes", folders[0], small, weights, "--full")
+    refuse("holds statistics alone", statistics, folders[0], weights, "--full")
+    refuse("holds statistics, not images", folders[0], str(tmp / "full.npz"), weights, "--full")
+    with np.load(tmp / "full.npz") as arrays:
+        kept = {key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    adm = write_npz(tmp_path / "adm.npz", pictures(9, 0, size=32), **kept)
+    refuse("images of two sizes", adm, folders[0], weights, "--full")
+
+
 def test_bad_statistics(classifier, folders, tmp_path, capsys):
     def file(**arrays):
         np.savez(tmp_path / "s.npz", **{"mu": np.zeros(8), "sigma": np.eye(8), **arrays})
@@ -587,11 +794,12 @@ def test_weights_that_give_nan_are_refused():
 @pytest.mark.parametrize("flags, words", [
     (["--real", "A", "--fake", "A/../A"], "their distance is 0"),
     (["--real", "A", "--fake", "B", "--tokenizer", "T"], "two questions"),
-    (["--real", "A"], "nothing to do"),
-    (["--fake", "B"], "--real"),
+    (["--real", "A"], "samples/samples.npz: no such file; python sample.py makes it"),
+    (["--fake", "B"], "sampler.json: no such file, so --real is needed"),
     (["--real", "A", "--fake", "B", "--inceptoin", "W"], "--inceptoin"),
     (["--real", "A", "--fake", "B", "--features", "F", "--resize", "tf1"], "do not go with --features"),
-    (["--real", "A", "--fake", "B", "--split", "val"], "--split"),
+    (["--real", "A", "--fake", "B", "--features", "F", "--full"], "does not go with --features"),
+    (["--real", "A", "--tokenizer", "T", "--full"], "--full does not go with"),
     (["--real", "shapes", "--fake", "B"], "need an --image_size"),
     (["--real", "A", "--save", "stats.pt"], ".npz"),
     (["--real", "A", "--fake", "B", "--image_size", "0"], "--image_size"),

@@ -46,7 +46,8 @@ def save_prior(path, tokenizer, **options):
     """A prior's checkpoint, untrained, for the codes of that tokenizer."""
     torch.manual_seed(0)
     prior = Transformer("ar", "tiny", 16, 64, 10, **options)
-    torch.save({"kind": "prior", "args": {}, "step": 3, "config": prior.config, "model": prior.state_dict(),
+    args = {"data": "shapes", "val": None, "image_size": 16}
+    torch.save({"kind": "prior", "args": args, "step": 3, "config": prior.config, "model": prior.state_dict(),
                 "ema": None, "tokenizer": fingerprint(load_tokenizer(tokenizer)), "grid": 8,
                 "classes": list(Shapes.classes)}, path)
     return path

@@ -174,7 +174,10 @@ def test_recipes_run(block, script, vgg, many_photos, tmp_path, monkeypatch):
                                   "n03417042", "n03425413", "n03445777", "n03888257")):
             (tmp_path / "data/imagenette2" / split / name).mkdir(parents=True)
             Image.new("RGB", (40, 50), (20 * k, 99, 0)).save(tmp_path / "data/imagenette2" / split / name / "0.JPEG")
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", torchvision.datasets.FakeData)
+    class CIFAR10(torchvision.datasets.FakeData):
+        def __init__(self, root, train=True, download=False):
+            super().__init__(200, (3, 32, 32))
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
     short = {"data": ["--image_size", "32", "--workers", "0"],
              "train_tokenizer": ["--vgg", vgg, *SMALL, "--codebook_size", "16", "--disc_ramp", "1"],
              "train_prior": ["--size", "tiny", "--iters", "2", "--batch_size", "4", "--workers", "0", "--views", "1"],
