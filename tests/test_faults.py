@@ -34,7 +34,8 @@ import vq
 from miniature.shapes import Shapes, draw
 from runtime import BadInput
 
-NEEDED = {"train_prior": ["--tokenizer", "T"], "fid": ["--real", "A"]}  # flags that must be there
+NEEDED = {"train_prior": ["--tokenizer", "T"], "fid": ["--real", "A"],  # flags that must be there
+          "sweep": ["--sample=x", "--fid=x"]}
 VGG = ["--image_size", 16, "--widths", *[8] * 5, "--batch_size", 8, "--workers", 0, "--iters", 6, "--device", "cpu"]
 
 
