@@ -482,8 +482,10 @@ def check_image_size(size, multiple):
         raise BadInput(f"--image_size {size} is not a multiple of {multiple}, by which the network reduces it")
 
 
-def save_grid(path, images, columns, scale=1):
-    """Save float images (N, 3, H, W) in [-1, 1] as one PNG, row by row, with a border of two white pixels."""
+def save_grid(path, images, columns):
+    """Save float images (N, 3, H, W) in [-1, 1] as one PNG, row by row, with a border of two white pixels. Small ones
+    are enlarged: tiles of 32 pixels are too small to look at."""
+    scale = max(1, 96 // images.shape[-1])
     sheet = make_grid(to_uint8(images).cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
     sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
     runtime.save_file(path, lambda file: sheet.save(file, "PNG"))

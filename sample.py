@@ -89,8 +89,7 @@ def write_samples(out, chunks, j, shape, labels, settings):
     """The files of a finished run, from chunks of (b, tokenizers, H, W, 3): those of tokenizer j."""
     parts = [(lambda file=file: np.load(file)["samples"][:, j]) for file, _ in chunks]
     first = np.concatenate([part() for part in parts[:-(-64 // len(chunks[0][1]))]])[:64]
-    scale = max(1, 96 // shape[1])  # tiles of 32 pixels are too small to look at
-    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8, scale)
+    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8)
     runtime.save_json(out / "sampler.json", settings)
 
     def write(file):  # np.savez would hold all samples in memory
@@ -209,8 +208,7 @@ def teacher_forced(args, device):
     if len({column.shape for column in columns}) > 1:
         raise BadInput("the tokenizers of --runs have several image sizes: compare runs of one size")
     out = Path(args.out[0])
-    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns),
-                   max(1, 96 // columns[0].shape[-1]))
+    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
     print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
     print("\n".join(told))
 

@@ -94,7 +94,7 @@ wait  # a job that failed has said why; figures.py then misses its files and end
 log "what came out. One seed decides nothing:"
 run python miniature/figures.py "$out"
 if grep -qs '^| 3 seed(s)' docs/miniature.md; then
-  log "docs/miniature.md has the same over three seeds:"
+  log "docs/miniature.md has the same over three seeds, of noisier pictures at 1,300 steps:"
   sed -n '/^| 3 seed(s)/,/^| encoder and codebook/p' docs/miniature.md
 fi
 echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"

@@ -209,16 +209,16 @@ def test_float_range():
     assert data.to_uint8(torch.tensor([-1.2, 0.003, 0.005, 0.013, 1.5])).tolist() == [0, 128, 128, 129, 255]
 
 
-@pytest.mark.parametrize("scale", [1, 3])
-def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path, scale):
+@pytest.mark.parametrize("w, scale", [(4, 24), (32, 3), (64, 1), (200, 1)])
+def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path, w, scale):
     torch.manual_seed(0)
-    images = torch.randint(256, (5, 3, 6, 4), dtype=torch.uint8)
-    data.save_grid(tmp_path / "new" / "g.png", data.to_float(images, CPU), columns=3, scale=scale)
+    images = torch.randint(256, (5, 3, 6, w), dtype=torch.uint8)
+    data.save_grid(tmp_path / "new" / "g.png", data.to_float(images, CPU), columns=3)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["g.png"]
-    expected = np.full((2 * 8 + 2, 3 * 6 + 2, 3), 255)
+    expected = np.full((2 * 8 + 2, 3 * (w + 2) + 2, 3), 255)
     for i, image in enumerate(images):
-        y, x = 2 + i // 3 * 8, 2 + i % 3 * 6
-        expected[y:y + 6, x:x + 4] = image.permute(1, 2, 0)
+        y, x = 2 + i // 3 * 8, 2 + i % 3 * (w + 2)
+        expected[y:y + 6, x:x + w] = image.permute(1, 2, 0)
     grid = np.asarray(Image.open(tmp_path / "new" / "g.png"))
     assert np.array_equal(grid, expected.repeat(scale, 0).repeat(scale, 1))
 
