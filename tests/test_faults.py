@@ -34,7 +34,7 @@ import vq
 from miniature.shapes import Shapes, draw
 from runtime import BadInput
 
-NEEDED = {"train_prior": ["--tokenizer", "T"], "fid": ["--real", "A"],  # flags that must be there
+NEEDED = {"export": ["R"], "tour": ["R"],  # what must be there
           "sweep": ["--sample=x", "--fid=x"]}
 VGG = ["--image_size", 16, "--widths", *[8] * 5, "--batch_size", 8, "--workers", 0, "--iters", 6, "--device", "cpu"]
 
@@ -123,7 +123,7 @@ def test_flags_that_contradict_are_refused(stop, tmp_path, monkeypatch, vgg):
     draw = ["sample", "--prior", "P", "--tokenizer", "T"]
     for words, text in [
             (["train_tokenizer", "--alpha", 1, "--perceptual_layers", "logit"], "two ways"),
-            (["train_tokenizer", "--image_size", 4, "--channels", 16, "--vgg", vgg], "too small for the network"),
+            (["train_tokenizer", "--image_size", 4, "--channels", 16, "--vgg", vgg, "--batch_size", 4], "too small"),
             (["train_vgg", "--batch_size", 1], "batch of one"),
             (["train_vgg", "--batch_size", 4, "--accum", 4], "batch of one"),
             ([*prior, "--crop", "center", "--views", 2], "one view"), ([*prior, "--lr_end", 0], "never comes to 0"),
