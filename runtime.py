@@ -342,14 +342,15 @@ MAKERS = {"tokenizer": "train_tokenizer.py", "prior": "train_prior.py", "vgg": "
 def load_file(path, kind=""):
     """What torch.save wrote into a file, on the CPU: tensors, numbers and strings, nothing that can run code. With
     `kind` ("tokenizer", "prior", "vgg") it must be such a checkpoint."""
+    remedy = f"; python {MAKERS[kind]} makes a {kind} checkpoint" if kind else ""
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file" + (f"; python {MAKERS[kind]} makes a {kind} checkpoint" if kind else ""))
+        raise BadInput(f"{path}: no such file{remedy}")
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
             raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        raise BadInput(f"{path} is damaged or holds no weights ({type(error).__name__})") from error
+        raise BadInput(f"{path} is damaged or holds no weights ({type(error).__name__}){remedy}") from error
     found = isinstance(state, dict) and state.get("kind")
     if kind and found != kind:
         what = f"a {found} checkpoint" if found else "something else"
