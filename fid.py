@@ -289,7 +289,7 @@ def load_statistics(path, net, full=False):
         if full and not ({*FULL[:2]} <= {*arrays} and {"features", "arr_0"} & {*arrays}):
             raise BadInput(f"{path} holds statistics alone, --full needs images (or a file that --full --save made)")
         values = {k: torch.from_numpy(arrays[k].astype(np.float64)) for k in KEYS[:2] + full * FULL if k in arrays}
-    mu, sigma = values["mu"], values["sigma"]
+        mu, sigma = values["mu"], values["sigma"]
     if sigma.shape != (net.feature_dim, *mu.shape) or not (mu.isfinite().all() and sigma.isfinite().all()):
         raise BadInput(f"{path} has statistics of {mu.numel()} features, not {net.feature_dim}, or they are not finite")
     for key, ours in (("resize", net.resize), ("weights", net.weights)):

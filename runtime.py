@@ -44,7 +44,7 @@ def run(main):
         if isinstance(error, KeyboardInterrupt):
             code, text = 130, "interrupted"
         elif isinstance(error, torch.OutOfMemoryError):
-            text = f"out of GPU memory: use a smaller --batch_size, for training --accum or --recompute ({text[:100]})"
+            text = f"out of GPU memory: use a smaller batch, in training --accum or --recompute ({text[:100]})"
         print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
     except Exception:
         if world() == 1:
