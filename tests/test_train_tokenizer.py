@@ -71,7 +71,7 @@ def test_both_phases(train, tmp_path, vgg, script):
     assert fingerprint(a) == fingerprint(b) and a.image_size == b.image_size == 16
     assert set(lines(tmp_path / "two", "train")[0]) & {"codebook", "logit"} == {"codebook"}  # alpha 0: no logits
     for picture in (tmp_path / "run" / "samples").iterdir():
-        assert Image.open(picture).size[0] == 8 * 18 + 2
+        assert Image.open(picture).size[0] == 6 * (8 * 18 + 2)
     # the discriminator's weights are carried over, its Adam starts afresh
     assert two["opt_d"]["state"][0]["step"] == 3
 
