@@ -80,7 +80,7 @@ def open_data(args, like=None):
     check_size(source, args.image_size, args.data)
     if args.val or source.splits:
         val = open_source(args.val or args.data, "val")
-        check_size(val, args.image_size, args.val)
+        check_size(val, args.image_size, args.val or args.data)
     else:
         source, val = hold_out(source, args.data)
         if runtime.is_main():
@@ -98,13 +98,12 @@ def hold_out(source, spec):
     kept = np.setdiff1d(np.arange(len(source)), held)
     if len(kept) < 64:
         raise BadInput(f"{spec} has {len(source)} images, too few to hold out 64 of them for validation: give --val")
-    source, val = Part(source, kept), Part(source, held)
-    if isinstance(source.source, Folder):
-        counts = np.bincount(source.source.labels[kept], minlength=len(source.classes))
-        if source.classes and not counts.all():
+    if isinstance(source, Folder) and source.classes:
+        counts = np.bincount(source.labels[kept], minlength=len(source.classes))
+        if not counts.all():
             raise BadInput(f"the validation images held out of {spec} are all of class "
                            f"{source.classes[counts.argmin()]}: give --val, or remove so small a class")
-    return source, val
+    return Part(source, kept), Part(source, held)
 
 
 class Part:
@@ -172,7 +171,7 @@ class Folder:
         return str(self.root / os.fsdecode(self.files[i]))
 
     def signature(self):
-        some = np.unique(np.linspace(0, len(self) - 1, 1000).astype(int))  # names alone may be 00000.png, 00001.png
+        some = spread(len(self), 1000)  # names alone may be 00000.png, 00001.png
         sizes = np.array([os.stat(self.name(i)).st_size for i in some])
         return hashlib.sha256(self.files.tobytes() + self.labels.tobytes() + sizes.tobytes()).hexdigest()[:16]
 
@@ -241,7 +240,7 @@ class Torchvision:
         return f"{self.spec} image {i}"
 
     def signature(self):
-        some = b"".join(self.load(i).tobytes() for i in np.linspace(0, len(self) - 1, 16).astype(int).tolist())
+        some = b"".join(self.load(i).tobytes() for i in spread(len(self), 16))
         return hashlib.sha256(f"{self.spec} {len(self)}".encode() + some).hexdigest()[:16]
 
     def load(self, i, at_least=0):
@@ -286,7 +285,7 @@ class Lsun:
         return f"lsun:{self.path} key {self.keys[i].decode(errors='replace')}"
 
     def signature(self):
-        some = self.keys[np.unique(np.linspace(0, len(self) - 1, 1000).astype(int))]
+        some = self.keys[spread(len(self), 1000)]
         with self.read() as transaction:  # of some images the sizes, too: a smaller copy has the same keys
             sizes = np.array([len(transaction.get(bytes(key))) for key in some])
         return hashlib.sha256(self.keys.tobytes() + sizes.tobytes()).hexdigest()[:16]
@@ -440,6 +439,11 @@ def choose(total, n):
     return np.sort(np.random.RandomState(0).permutation(total)[:n]) if 0 < n < total else np.arange(total)
 
 
+def spread(total, n):
+    """At most n of `total` indices, evenly spread: a list."""
+    return np.unique(np.linspace(0, total - 1, n).astype(int)).tolist()
+
+
 def eval_loader(dataset, batch_size, workers, device, n=0):
     """All images, or `choose`'s n, each once. Batches are dealt out over the processes in turn, none is padded."""
     chosen = choose(len(dataset), n)
@@ -469,7 +473,7 @@ def check_size(source, size, spec):
     """Refuse a source most of whose images are smaller than the crop (64 are opened); a few small ones are enlarged, as
     ImageNet has some."""
     sides = []
-    for i in np.unique(np.linspace(0, len(source) - 1, 64).astype(int)).tolist() if size and not source.drawn else ():
+    for i in spread(len(source), 64) if size and not source.drawn else ():
         with contextlib.suppress(Unreadable):  # one that can't be read is reported when it is met
             sides.append(min(source.load(i, size).size))
     if sides and (median := int(np.median(sides))) < size:
@@ -525,7 +529,7 @@ def main():
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:08}.png")
         progress(len(pixels))
-    shown = [images[i][0] for i in np.unique(np.linspace(0, n - 1, 40).astype(int)).tolist()]
+    shown = [images[i][0] for i in spread(n, 40)]
     save_grid(args.preview, to_float(torch.stack(shown), device), columns=8)
     for name, number in list(zip(source.classes, counts))[:20]:
         print(f"  {name}: {number}")

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 NEIGHBOURS = 3  # k of precision and recall, in the paper and in ADM
 WINDOW = 11  # pixels, of SSIM
+ROWS = 1000  # of a block of distances
 
 
 def frechet(mean1, cov1, mean2, cov2):
@@ -20,11 +21,11 @@ def frechet(mean1, cov1, mean2, cov2):
     return distance.clamp(min=0).item()  # equal Gaussians give +-1e-12
 
 
-def squared_distances(a, b, rows=1000):
-    """Of the rows of a (N, D) to those of b (M, D): blocks (rows, M), as all of 50,000 to 50,000 would be 20 GB."""
+def squared_distances(a, b):
+    """Of the rows of a (N, D) to those of b (M, D): blocks (ROWS, M), as all of 50,000 to 50,000 would be 20 GB."""
     b = b.double()
     squares = torch.linalg.vector_norm(b, dim=1).square()
-    for block in a.split(rows):
+    for block in a.split(ROWS):
         block = block.double()
         # float64, since |a|^2 + |b|^2 - 2 ab loses digits: in fp32 some near ties would fall the other way
         yield torch.addmm(squares, block, b.T, alpha=-2).add_(block.square().sum(1, keepdim=True))
@@ -38,7 +39,7 @@ def precision_recall(real, fake):
     real_radius, fake_radius = (torch.cat([block.topk(NEIGHBOURS + 1, largest=False).values[:, -1]
                                            for block in squared_distances(x, x)]) for x in (real, fake))
     precise, recalled = torch.zeros_like(fake_radius, dtype=torch.bool), []
-    for block, radius in zip(squared_distances(real, fake), real_radius.split(1000)):
+    for block, radius in zip(squared_distances(real, fake), real_radius.split(ROWS)):
         precise |= (block < radius[:, None]).any(0)
         recalled.append((block < fake_radius).any(1))
     return precise.double().mean().item(), torch.cat(recalled).double().mean().item()

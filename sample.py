@@ -173,7 +173,7 @@ def read_images(spec, size, n, device):
     source = data.open_source(spec, "val")
     n = min(n, len(source))
     # spread over the set, so that a folder sorted by class shows several; shapes come in turn
-    chosen = range(n) if source.drawn else np.linspace(0, len(source) - 1, n).astype(int).tolist()
+    chosen = range(n) if source.drawn else data.spread(len(source), n)
     images, labels, index = zip(*(data.EvalImages(source, size)[i] for i in chosen))
     if max(index) >= 0:
         raise BadInput(f"{source.name(max(index))} can't be read")

@@ -136,7 +136,7 @@ def fetch(cache, rows, args, device):
 
 def unigram_entropy(codes, K, rows=20_000):
     """Entropy in nats of the codes of up to `rows` rows spread over the cache: what a prior without context reaches."""
-    some = codes[np.unique(np.linspace(0, len(codes) - 1, min(rows, len(codes))).astype(int))]
+    some = codes[data.spread(len(codes), min(rows, len(codes)))]
     return vq.usage_and_perplexity(torch.bincount(torch.from_numpy(some.astype(np.int64)).flatten(), minlength=K))[2]
 
 

@@ -19,6 +19,8 @@ from PIL import Image  # noqa: E402
 import runtime  # noqa: E402
 
 torch.set_num_threads(1)
+IMAGENETTE = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
+              "n03445777", "n03888257")  # its class folders
 SCRIPTS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.py"))
            if "runtime.Parser(" in path.read_text()}
 
@@ -106,6 +108,20 @@ def many_photos(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
     return tmp_path / "many"
+
+
+@pytest.fixture
+def imagenette(tmp_path):
+    """imagenette(train, val): so many pictures of each class, where torchvision looks for the set in data/."""
+    def make(**counts):
+        for split, n in counts.items():
+            for k, name in enumerate(IMAGENETTE):
+                folder = tmp_path / "data" / "imagenette2" / split / name
+                folder.mkdir(parents=True)
+                for i in range(n):
+                    Image.new("RGB", (40, 50), (k, i, 0)).save(folder / f"{i}.JPEG")
+        return tmp_path / "data" / "imagenette2"
+    return make
 
 
 @pytest.fixture

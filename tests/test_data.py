@@ -20,8 +20,6 @@ class Args:
 
 
 CPU = torch.device("cpu")
-IMAGENETTE = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
-              "n03445777", "n03888257")  # its class folders
 
 
 def stream(source, start=0, **options):
@@ -363,7 +361,7 @@ def test_validation_images_are_held_out(tmp_path, photos, capsys):
         data.hold_out(many, "many")
 
 
-def test_torchvision_by_name(tmp_path, monkeypatch, capsys):
+def test_torchvision_by_name(tmp_path, monkeypatch, capsys, imagenette):
     monkeypatch.chdir(tmp_path)
     source = data.open_source("torchvision:FakeData")
     assert (len(source), len(source.classes), source.splits) == (1000, 10, False)
@@ -373,12 +371,7 @@ def test_torchvision_by_name(tmp_path, monkeypatch, capsys):
     _, training, val = open_data("torchvision:FakeData")
     assert (len(training), len(val)) == (936, 64)
     # Imagenette's layout; what is there is not downloaded again
-    for split, n in (("train", 3), ("val", 2)):
-        for k, name in enumerate(IMAGENETTE):
-            folder = tmp_path / "data" / "imagenette2" / split / name
-            folder.mkdir(parents=True)
-            for i in range(n):
-                Image.new("RGB", (40, 50), (k, i, 0)).save(folder / f"{i}.JPEG")
+    folder = imagenette(train=3, val=2)
     args, source, val = open_data("torchvision:Imagenette")
     assert (len(source), len(val), source.splits) == (30, 20, True) and source.signature() != val.signature()
     assert source.classes == val.classes and source.classes[:2] == ["tench", "English springer"]
@@ -386,8 +379,7 @@ def test_torchvision_by_name(tmp_path, monkeypatch, capsys):
     assert len(data.open_source("torchvision:Imagenette", "val")) == 20
     images, labels, index = EvalImages(source, 32)[29]
     assert images.shape == (3, 32, 32) and (labels, index) == (9, -1)
-    path = tmp_path / "data" / "imagenette2" / "train" / IMAGENETTE[0] / "1.JPEG"
-    path.write_bytes(b"x")
+    (folder / "train" / "n01440764" / "1.JPEG").write_bytes(b"x")
     assert TrainImages(source, 32, "random", 0).view(1, 0)[1:] == (0, 1) and EvalImages(source, 32)[1][2] == 1
     assert capsys.readouterr().out.count("note") == 0
 

@@ -18,7 +18,6 @@ import losses
 import runtime
 import train_tokenizer
 import vq
-from fid import main as fid_main
 from miniature.shapes import Shapes, draw
 from runtime import BadInput
 from train_tokenizer import fingerprint, load_tokenizer
@@ -361,9 +360,9 @@ def test_defaults_chain(script, vgg, tmp_path, monkeypatch, many_photos, capsys)
     saved = np.load("samples/samples.npz")
     assert saved["arr_0"].shape == (4, 16, 16, 3) and saved["arr_1"].tolist() == [0, 1, 0, 1]
     assert json.loads(Path("samples/sampler.json").read_text())["tokenizer"] == "runs/phase2/ckpt.pt"
-    result = fid_main(["--features", str(vgg), "--workers", "0"])
+    result = script("fid", "--features", vgg, "--workers", 0)
     assert result["real"].startswith(f"96 images of {many_photos} train (16 x 16") and result["n_fake"] == 4
-    result = fid_main(["--features", str(vgg), "--workers", "0", "--tokenizer", "runs/phase2/ckpt.pt"])
+    result = script("fid", "--features", vgg, "--workers", 0, "--tokenizer", "runs/phase2/ckpt.pt")
     assert result["real"].startswith(f"64 images of {many_photos} val") and result["PSNR"] > 0
     Path("runs/phase2/ckpt.pt").unlink()
     script("sample", "--n", 4, "--out", "again")
