@@ -4,7 +4,7 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_STEPS=3000 bash miniature/demo.sh               # the length of docs/miniature.md: an hour
+#     DEMO_STEPS=2000 bash miniature/demo.sh               # the length of docs/miniature.md: 35 minutes
 #     DEMO_STEPS=20000 bash miniature/demo.sh              # a longer fit, for a GPU
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
@@ -19,6 +19,14 @@ samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
+[ -e "$out/about.json" ] || python - "$seed" "$steps" > "$out/about.json" <<'END'
+import json, os, platform, subprocess, sys, torch
+commit = subprocess.getoutput("git describe --always --dirty")
+processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
+print(json.dumps({"command": f"DEMO_SEED={sys.argv[1]} DEMO_STEPS={sys.argv[2]} bash miniature/demo.sh", "commit": commit,
+                  "processor": processor or platform.processor(), "cores": os.cpu_count(),
+                  "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}))
+END
 
 # --- how it is run: a stage is a command that is told of signals at once, saves, and ends all after it
 child=""
@@ -33,10 +41,12 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 log() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
-# --- what all training shares. Networks this small gain nothing from torch.compile.
+# --- what all training shares. Networks this small gain nothing from torch.compile. The perceptual loss weighs 5, not the
+# paper's 1: VGG16's raw features are far larger than L1; our classifier's layers are divided by their mean squares, and
+# at weight 1 L1 ends ten times as large as alpha 1's loss. Both alphas then keep the same details.
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --val_n 500
-           --eval_every 500 --save_every 200 --seed $seed"
+           --perceptual_weight 5 --eval_every 500 --save_every 200 --seed $seed"
 prior="$common --size tiny --views 1 --batch_size 16 --iters $((steps * 16 / 10)) --lr 2e-3 --lr_end 1e-4
        --decay_start 0 --dropout 0 --eval_every 400 --save_every 200 --seed $seed"
 
@@ -49,6 +59,20 @@ train_classifier() { run python miniature/train_vgg.py $common --labels fine --i
 # takes for the object asked for.
 evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" \
   --features "$out/classifier/ckpt.pt" --workers 0 --json "$2"; }
+
+so_far() { python - "$out" <<'END'
+import json, sys
+from pathlib import Path
+alphas = sorted(Path(sys.argv[1]).glob("alpha*"), key=lambda folder: float(folder.name[5:]))
+print("| FD so far |", *(f" alpha {folder.name[5:]} |" for folder in alphas), sep="")
+for name, text in (("phase1", "reconstructions, phase 1"), ("phase2", "reconstructions, phase 2"),
+                   ("ar1", "AR samples, phase 1"), ("ar2", "AR samples, phase 2"),
+                   ("nar1", "NAR samples, phase 1"), ("nar2", "NAR samples, phase 2")):
+    files = [folder / f"{name}.json" for folder in alphas]
+    if any(file.exists() for file in files):
+        print(f"| {text} |", *(f" {json.loads(f.read_text())['FD']:.2f} |" if f.exists() else " |" for f in files), sep="")
+END
+}
 
 job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind options
@@ -64,6 +88,7 @@ job() {  # everything about one alpha
     finished "$folder/phase$phase.json" || run python fid.py --real shapes --n "$samples" --workers 0 \
       --tokenizer "$folder/phase$phase/ckpt.pt" --features "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
+  so_far
   for kind in ar nar; do
     options="--prior $folder/$kind/best.pt --n $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
@@ -74,6 +99,7 @@ job() {  # everything about one alpha
     finished "$folder/${kind}2/samples.npz" || run python sample.py $options --tokenizer "$folder/phase1/ckpt.pt" \
       "$folder/phase2/ckpt.pt" --out "$folder/${kind}1" "$folder/${kind}2"
     for phase in 1 2; do evaluate "$folder/$kind$phase/samples.npz" "$folder/$kind$phase.json"; done
+    so_far
   done
 }
 

@@ -303,7 +303,8 @@ def main():
     if args.runs:
         runs, first = [measure(run, device) for run in args.runs], args.runs[0]
         write("table.md", tables(runs))
-        runtime.save_json(out / "table.json", runs)
+        runtime.save_json(out / "table.json", [read_json(f"{folder}/about.json") | {"alphas": figures}
+                                               for folder, figures in zip(args.runs, runs)])
         sheet(out / "view.png", reconstructions(first, device))
         sheet(out / "samples.png", samples(first, {"ar2": "AR samples", "nar2": "NAR samples"}))
         sheet(out / "phases.png", samples(first, {"ar1": "AR, phase 1", "ar2": "the same, phase 2",

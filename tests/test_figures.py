@@ -122,7 +122,7 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
     assert "bitwise unchanged" in (out / "table.md").read_text()
     assert done.stdout.count("bitwise unchanged") == 2 and "| 3 seed(s) | alpha 0" in done.stdout  # docs/miniature.md's
     measured = json.loads((out / "table.json").read_text())[0]
-    assert sorted(measured) == ["0.0", "1.0"]
+    assert sorted(measured["alphas"]) == ["0.0", "1.0"] and "DEMO_SEED=0 DEMO_STEPS=10 " in measured["command"]
     for name, rows in (("view.png", 7), ("samples.png", 4), ("phases.png", 8)):
         with Image.open(out / name) as image:
             assert image.size == (200 + 10 * 100, rows * 100)
