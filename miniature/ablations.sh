@@ -30,7 +30,7 @@ flags() {  # what a row changes
     conv) echo "--alpha 0 --decoder_extra_blocks 2" ;;
     attention) echo "--alpha 0 --decoder_attention 2" ;;
     long) echo "--alpha 0 --iters $((2 * steps))" ;;
-    # Table 5: how the codebook is kept in use; so here it begins as in the paper, and gets the time that this takes
+    # Table 5: how the codebook is kept in use; so here it begins at random, and gets the time that this takes
     entropy | none | kmeans) echo "--alpha 0 --codebook $1 --vq_start 0 --iters $((2 * steps))" ;;
     factorized) echo "--alpha 0 --codebook factorized --codebook_size 8192 --vq_start 0 --iters $((2 * steps))" ;;
     # Table 6: layers of the perceptual loss
