@@ -48,10 +48,10 @@ row() {
   local folder=$out/$1
   trap stop INT TERM  # a subshell forgets its traps
   # of a flag given twice the last counts: --codebook_size, --iters, --vq_start
-  run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --channels 16 32 64 \
+  run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --channels 16 32 64 64 \
     --z_dim 32 --codebook_size 256 --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 \
     --vq_start $((steps / 8)) --disc_channels 16 64 --disc_start $((steps / 10)) --disc_ramp $((steps / 5)) \
-    --perceptual_weight 5 --val_n 500 --eval_every 100 --out "$folder/phase1" $(flags "$1")
+    --val_n 500 --eval_every 100 --out "$folder/phase1" $(flags "$1")
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
   run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) \

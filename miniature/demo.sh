@@ -4,12 +4,12 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_STEPS=2000 bash miniature/demo.sh               # the length of docs/miniature.md: 35 minutes
+#     DEMO_STEPS=2500 bash miniature/demo.sh               # the length of docs/miniature.md: 25 minutes
 #     DEMO_STEPS=20000 bash miniature/demo.sh              # a longer fit, for a GPU
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
 # Stop it when you like: the same command goes on.
-# Pictures are 32 x 32 (8 x 8 codes, f = 4), networks have about a million parameters. Each alpha has a core of its own:
+# Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a million parameters. Each alpha has a core of its own:
 # on a CPU two processes of one thread each are far faster than one of two threads.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,12 +41,11 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 log() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
-# --- what all training shares. Networks this small gain nothing from torch.compile. The perceptual loss weighs 5, not the
-# paper's 1: VGG16's raw features are far larger than L1; our classifier's layers are divided by their mean squares, and
-# at weight 1 L1 ends ten times as large as alpha 1's loss. Both alphas then keep the same details.
+# --- what all training shares. Networks this small gain nothing from torch.compile. 16 codes are few for such a picture,
+# as the paper's 256 are for a photograph: where codes can hold all of a picture, alpha decides nothing.
 common="--data shapes --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --image_size 32 --vgg $out/vgg/ckpt.pt --batch_size 16 --disc_channels 16 64 --val_n 500
-           --perceptual_weight 5 --eval_every 500 --save_every 200 --seed $seed"
+           --eval_every 500 --save_every 200 --seed $seed"
 prior="$common --size tiny --views 1 --batch_size 16 --iters $((steps * 16 / 10)) --lr 2e-3 --lr_end 1e-4
        --decay_start 0 --dropout 0 --eval_every 400 --save_every 200 --seed $seed"
 
@@ -77,8 +76,8 @@ END
 job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind options
   trap stop INT TERM  # a subshell forgets its traps
-  log "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 8 minutes)"
-  run python train_tokenizer.py $tokenizer --alpha "$alpha" --channels 16 32 64 --z_dim 32 --codebook_size 256 \
+  log "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 5 minutes)"
+  run python train_tokenizer.py $tokenizer --alpha "$alpha" --channels 16 32 64 64 --z_dim 32 --codebook_size 256 \
     --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 --vq_start $((steps / 8)) --disc_start $((steps / 10)) \
     --disc_ramp $((steps / 5)) --out "$folder/phase1"
   log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0 (2 minutes)"
@@ -92,7 +91,7 @@ job() {  # everything about one alpha
   for kind in ar nar; do
     options="--prior $folder/$kind/best.pt --n $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
-    log "the $kind prior on phase 1's codes, which are phase 2's as well (3 minutes)"
+    log "the $kind prior on phase 1's codes, which are phase 2's as well (1 minute)"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
       --out "$folder/$kind"
     # the same sampled codes, decoded by either phase

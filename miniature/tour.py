@@ -19,13 +19,19 @@ import vq  # noqa: E402
 from miniature.figures import alphas, load, pixels, sheet, validation  # noqa: E402
 
 
-def code_map(tokenizer, s, scale=4):
+def enlarge(maps, side):
+    """Maps of codes (n, h, w, ...) as (n, side, side, ...): a square for each code."""
+    scale = side // maps.shape[1]
+    return maps.repeat(scale, 1).repeat(scale, 2)
+
+
+def code_map(tokenizer, s, side):
     """Codes s (n, h, w) as images: a code's colour is its place on the codebook's first three principal axes."""
     codes = tokenizer.quantizer.codes().detach()
     axes = torch.pca_lowrank(codes, 3, niter=10)[2]
     colours = (codes - codes.mean(0)) @ axes  # (K, 3)
     colours = (255 * (0.5 + colours / (4 * colours.std(0))).clamp(0, 1)).byte().numpy()
-    return colours[s.numpy()].repeat(scale, 1).repeat(scale, 2)
+    return enlarge(colours[s.numpy()], side)
 
 
 def attended(dilated, side=16, at=(5, 9)):
@@ -54,16 +60,16 @@ def attention(path, cell=20):
 
 @torch.no_grad()
 def drawing(prior, tokenizer, labels, seed, **options):
-    """Samples as they are drawn: AR after every 8th code, NAR after each of its steps; grey is not drawn yet."""
+    """Samples as they are drawn: AR after every second code, NAR after each of its steps; grey is not drawn yet."""
     known, N, ids = [], prior.tokens, range(len(labels))
     # What a NAR prior's forward pass is given at each step; codes that are known stay as they are.
     hook = prior.register_forward_pre_hook(lambda _, inputs: known.append(inputs[0] != prior.mask_id))
     s = prior.generate(ids, seed, labels, **options)
     hook.remove()
-    known = known[1:] if prior.kind == "nar" else [(torch.arange(N) < n).expand_as(s) for n in range(8, N, 8)]
+    known = known[1:] if prior.kind == "nar" else [(torch.arange(N) < n).expand_as(s) for n in range(2, N, 2)]
     side = round(N ** 0.5)
     final = pixels(tokenizer.decode_indices(s.view(-1, side, side)))
-    shown = [mask.view(-1, side, side).numpy().repeat(4, 1).repeat(4, 2)[..., None] for mask in known]
+    shown = [enlarge(mask.view(-1, side, side, 1).numpy(), final.shape[1]) for mask in known]
     return np.stack([*(np.where(mask, final, np.uint8(200)) for mask in shown), final], 1)  # (n, frames, H, W, 3)
 
 
@@ -93,13 +99,13 @@ def main():
     found = {alpha: (folder, *load(folder, n, cpu)) for alpha, folder in alphas(args.run).items() if alpha in (0, 1)}
     (_, zero, _, x, s_zero, _), (folder, one, two, _, s, top1) = found[0], found[1]
     with torch.no_grad():
-        sheet(out / "codes.png", [("input", pixels(x)), ("its 64 codes", code_map(one, s)),
+        sheet(out / "codes.png", [("input", pixels(x)), ("its 16 codes", code_map(one, s, x.shape[-1])),
                                   ("reconstruction", pixels(two.decode_indices(s)))])
         sheet(out / "alpha.png", [("input", pixels(x)), ("alpha 0", pixels(zero.decode_indices(s_zero))),
                                   ("alpha 1", pixels(one.decode_indices(s)))])
         sheet(out / "phases.png", [("input", pixels(x)), ("phase 1", pixels(one.decode_indices(s))),
                                    ("phase 2, same codes", pixels(two.decode_indices(s)))])
-        right = (s == top1).numpy().repeat(4, 1).repeat(4, 2)[..., None]
+        right = enlarge((s == top1)[..., None].numpy(), x.shape[-1])
         sheet(out / "teacher_forced.png", [
             ("input", pixels(x)), ("reconstruction", pixels(one.decode_indices(s))),
             ("AR prediction, given\nthe true codes before", pixels(one.decode_indices(top1))),
