@@ -4,7 +4,6 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_STEPS=2500 bash miniature/demo.sh               # the length of docs/miniature.md: 25 minutes
 #     DEMO_STEPS=20000 bash miniature/demo.sh              # a longer fit, for a GPU
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
@@ -14,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1}
-steps=${DEMO_STEPS:-1200}      # of phase 1; the other stages follow it
+steps=${DEMO_STEPS:-2500}      # of phase 1; the other stages follow it
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
@@ -76,11 +75,11 @@ END
 job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind options
   trap stop INT TERM  # a subshell forgets its traps
-  log "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 5 minutes)"
+  log "phase 1: encoder, codebook and decoder, Eq. 4 with alpha $alpha (about 10 minutes)"
   run python train_tokenizer.py $tokenizer --alpha "$alpha" --channels 16 32 64 64 --z_dim 32 --codebook_size 256 \
     --iters "$steps" --lr 1.5e-3 --lr_end 1e-4 --vq_start $((steps / 8)) --disc_start $((steps / 10)) \
     --disc_ramp $((steps / 5)) --out "$folder/phase1"
-  log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0 (2 minutes)"
+  log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0 (3 minutes)"
   run python train_tokenizer.py $tokenizer --phase 2 --init "$folder/phase1/ckpt.pt" --iters $((steps * 3 / 10)) \
     --lr 1e-3 --lr_end 1e-4 --out "$folder/phase2"
   for phase in 1 2; do
@@ -91,7 +90,7 @@ job() {  # everything about one alpha
   for kind in ar nar; do
     options="--prior $folder/$kind/best.pt --n $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
-    log "the $kind prior on phase 1's codes, which are phase 2's as well (1 minute)"
+    log "the $kind prior on phase 1's codes, which are phase 2's as well (2 minutes)"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
       --out "$folder/$kind"
     # the same sampled codes, decoded by either phase
@@ -119,7 +118,7 @@ wait  # a job that failed has said why; figures.py then misses its files and end
 log "what came out. One seed decides nothing:"
 run python miniature/figures.py "$out"
 if grep -qs '^| 3 seed(s)' docs/miniature.md; then
-  log "docs/miniature.md has the same over three seeds, of noisier pictures at 1,300 steps:"
+  log "docs/miniature.md has the same over three seeds:"
   sed -n '/^| 3 seed(s)/,/^| encoder and codebook/p' docs/miniature.md
 fi
 echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"

@@ -1,6 +1,6 @@
 """Small weights to draw with, from one alpha of a run of demo.sh: no optimizers, no discriminator, half precision.
 
-    DEMO_STEPS=3000 bash miniature/demo.sh
+    bash miniature/demo.sh
     python miniature/export.py demo/alpha1                  # tokenizer.pt, ar.pt, nar.pt in miniature/weights
     python sample.py --prior miniature/weights/ar.pt --tokenizer miniature/weights/tokenizer.pt
 
@@ -18,6 +18,8 @@ import runtime  # noqa: E402
 from sample import load_pair  # noqa: E402
 from train_tokenizer import fingerprint, load_tokenizer  # noqa: E402
 
+PATHS = {"out", "init", "vgg", "tokenizer", "codes"}  # flags that name files of the run: nobody else has them
+
 
 def main():
     parser = runtime.Parser(__doc__)
@@ -32,6 +34,7 @@ def main():
         state = runtime.load_file(path)
         state = {key: state[key] for key in state if key not in ("optimizer", "opt_g", "opt_d", "disc", "ema")}
         state |= {"model": {key: value.half() for key, value in state["model"].items()}, "ema": None, "disc": None}
+        state["args"] = {flag: value for flag, value in state["args"].items() if flag not in PATHS}
         if name != "tokenizer":
             state["tokenizer"] = fingerprint(load_tokenizer(out / "tokenizer.pt"))
         runtime.save_file(out / f"{name}.pt", lambda file, state=state: torch.save(state, file))

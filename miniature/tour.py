@@ -1,6 +1,6 @@
 """The pictures of docs/tour.md, from one run of demo.sh with alpha 0 and 1, and from ablations.sh.
 
-    DEMO_STEPS=3000 bash miniature/demo.sh && bash miniature/ablations.sh
+    bash miniature/demo.sh && bash miniature/ablations.sh
     python miniature/tour.py demo --ablations ablations --out docs/tour
 """
 import sys

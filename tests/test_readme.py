@@ -113,7 +113,7 @@ def test_commands_are_found():
     found = [" ".join(words) for page in PAGES.values() for words in commands(page)]
     for start in ("python data.py --data", "torchrun --nproc_per_node=8 train_tokenizer.py --phase 2 --init",
                   "torchrun --nproc_per_node=8 train_prior.py --tokenizer runs/ff1/ckpt.pt --data ffhq/train",
-                  "python train_prior.py --data shapes --workers 0", "bash miniature/demo.sh"):
+                  "python train_prior.py --size tiny --views 1", "bash miniature/demo.sh"):
         assert any(line.startswith(start) for line in found), start
 
 
