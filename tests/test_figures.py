@@ -137,6 +137,7 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
     script("export", out / "alpha1", "--out", weights)
     assert fingerprint(load_tokenizer(weights / "tokenizer.pt")) == torch.load(weights / "ar.pt")["tokenizer"]
     assert sum(path.stat().st_size for path in weights.iterdir()) < 6e6
+    assert str(out).encode() not in b"".join(path.read_bytes() for path in weights.iterdir())
     for kind in ("ar", "nar"):
         script("sample", "--prior", weights / f"{kind}.pt", "--tokenizer", weights / "tokenizer.pt", "--n", 2, "--out",
                tmp_path / kind)
