@@ -9,7 +9,6 @@ alpha a folder alpha0, alpha1, ... with phase1/, phase2/, ar/, nar/ and the JSON
 PIL. The curves (Figs. 10 and 5b) need matplotlib and are left out without it; nothing else needs it.
 """
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
@@ -233,11 +232,11 @@ def pixels(images):
     return data.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def reconstructions(run, device, n=10):
-    """Rows for `sheet`, Figs. 5a and 11: inputs; for each alpha the reconstruction, the AR prior's teacher-forced top-1
-    prediction, and the reconstruction of phase 2."""
+def reconstructions(folders, device, n=10):
+    """Rows for `sheet`, Figs. 5a and 11: inputs; for each alpha of `folders` (as `alphas` gives them) the
+    reconstruction, the AR prior's teacher-forced top-1 prediction, and the reconstruction of phase 2."""
     rows = []
-    for alpha, folder in alphas(run).items():
+    for alpha, folder in folders.items():
         one, two, x, s, top1 = load(folder, n, device)
         rows = rows or [("input", pixels(x))]
         rows += [(f"alpha {alpha:g}\n{text}", pixels(tokenizer.decode_indices(codes)))
@@ -246,14 +245,14 @@ def reconstructions(run, device, n=10):
     return rows
 
 
-def samples(run, names, n=10):
+def samples(folders, names, n=10):
     """Rows for `sheet`: each alpha's first n samples. `names` maps the folders of sample.py to captions."""
     return [(f"alpha {alpha:g}\n{caption}", np.load(folder / name / "samples.npz")["arr_0"][:n])
-            for alpha, folder in alphas(run).items() for name, caption in names.items()]
+            for alpha, folder in folders.items() for name, caption in names.items()]
 
 
 def curves(folders, runs, path):
-    """Fig. 10: validation loss against step; Fig. 5b: FD against alpha, over all seeds."""
+    """Fig. 10: validation loss against step; Fig. 5b: FD against alpha. One line a seed."""
     try:
         import matplotlib
     except ImportError:
@@ -271,12 +270,13 @@ def curves(folders, runs, path):
                           label=None if j else f"alpha {alpha:g}")
         axis.set(title=f"{kind.upper()} prior", xlabel="step", ylabel="validation loss, nats a code")
         axis.legend()
-    for name, text in (("fd", "reconstructions"), ("ar_fd", "AR samples"), ("nar_fd", "NAR samples"),
-                       ("ar_fd_2", "AR samples, phase 2"), ("nar_fd_2", "NAR samples, phase 2")):
-        values = [[figures[a][name] for figures in runs] for a in names]
-        axes[2].errorbar(names, [statistics.mean(v) for v in values], marker="o", capsize=3, label=text,
-                         yerr=[statistics.stdev(v) if len(v) > 1 else math.nan for v in values])
-    axes[2].set(title="distance against alpha", xlabel="alpha", ylabel="FD (evaluation classifier)")
+    for i, (name, text) in enumerate({"fd": "reconstructions", "ar_fd": "AR samples", "nar_fd": "NAR samples"}.items()):
+        for j, figures in enumerate(runs):
+            axes[2].semilogy(list(figures), [values[name] for values in figures.values()], f"C{i}o-",
+                             label=None if j else text)
+    axes[2].minorticks_off()
+    axes[2].set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+    axes[2].set(title="phase 1: distance against alpha", xlabel="alpha", ylabel="FD (evaluation classifier)")
     axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
@@ -301,7 +301,8 @@ def main():
     if args.ablations:
         write("ablations.md", ablation_tables(args.ablations))
     if args.runs:
-        runs, first = [measure(run, device) for run in args.runs], args.runs[0]
+        runs = [measure(run, device) for run in args.runs]
+        first = {alpha: folder for alpha, folder in alphas(args.runs[0]).items() if alpha in common(runs)}
         write("table.md", tables(runs))
         runtime.save_json(out / "table.json", [read_json(f"{folder}/about.json") | {"alphas": figures}
                                                for folder, figures in zip(args.runs, runs)])
