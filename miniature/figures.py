@@ -33,6 +33,7 @@ ROWS = [
     ("l1", "L1 of reconstructions (images in [-1, 1])", 3, "higher"),
     ("psnr", "PSNR, dB", 2, "lower"),
     ("colour", "L1 of 4 x 4 block means: colour", 3, "higher"),
+    ("sem", "L_sem of reconstructions (Eq. 4), in the network of the loss", 3, "lower"),
     ("relu5_3", "deep features of reconstructions, relative square error", 3, "lower"),
     ("logit", "logits of reconstructions, relative square error", 3, "lower"),
     ("fd", "FD of reconstructions", 2, "lower"),
@@ -109,12 +110,15 @@ def fidelity(tokenizer, classifier, x):
 
 def measure(run, device):
     """{alpha: {name of a figure: value}} of one run. Names that end in _2 are of phase 2."""
-    classifier, figures = load_vgg(f"{run}/classifier/ckpt.pt").to(device), {}
+    network, classifier = (load_vgg(f"{run}/{name}/ckpt.pt").to(device) for name in ("vgg", "classifier"))
+    figures = {}
     for alpha, folder in alphas(run).items():
         print(f"measuring {folder}", flush=True)
         one, two, x, s, top1 = load(folder, HELD_OUT, device)
         values = {"noise": 100 * sample.changed_codes(one, x, 0.01, seed=0), "H": lowest(folder / "ar")["H"],
                   "top1": 100 * (top1 == s).float().mean().item(), "same_codes": fingerprint(one) == fingerprint(two)}
+        own = fidelity(one, network, x)
+        values["sem"] = own["relu5_3"] + own["logit"]  # what alpha 1 minimises
         for phase, end, tokenizer in ((1, "", one), (2, "_2", two)):
             values |= {name + end: value for name, value in fidelity(tokenizer, classifier, x).items()}
             found = read_json(folder / f"phase{phase}.json")
