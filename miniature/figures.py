@@ -108,17 +108,17 @@ def fidelity(tokenizer, classifier, x):
             "colour": (F.avg_pool2d(x_hat, 4) - F.avg_pool2d(x, 4)).abs().mean().item(), **relative}
 
 
+@torch.no_grad()
 def measure(run, device):
     """{alpha: {name of a figure: value}} of one run. Names that end in _2 are of phase 2."""
-    network, classifier = (load_vgg(f"{run}/{name}/ckpt.pt").to(device) for name in ("vgg", "classifier"))
-    figures = {}
+    classifier, figures = load_vgg(f"{run}/classifier/ckpt.pt").to(device), {}
+    semantics = losses.PerceptualLoss(load_vgg(f"{run}/vgg/ckpt.pt").to(device), alpha=1)
     for alpha, folder in alphas(run).items():
         print(f"measuring {folder}", flush=True)
         one, two, x, s, top1 = load(folder, HELD_OUT, device)
         values = {"noise": 100 * sample.changed_codes(one, x, 0.01, seed=0), "H": lowest(folder / "ar")["H"],
                   "top1": 100 * (top1 == s).float().mean().item(), "same_codes": fingerprint(one) == fingerprint(two)}
-        own = fidelity(one, network, x)
-        values["sem"] = own["relu5_3"] + own["logit"]  # what alpha 1 minimises
+        values["sem"] = semantics(one(x)[0], x)[0].item()
         for phase, end, tokenizer in ((1, "", one), (2, "_2", two)):
             values |= {name + end: value for name, value in fidelity(tokenizer, classifier, x).items()}
             found = read_json(folder / f"phase{phase}.json")
@@ -306,7 +306,7 @@ def main():
         write("ablations.md", ablation_tables(args.ablations))
     if args.runs:
         runs = [measure(run, device) for run in args.runs]
-        first = {alpha: folder for alpha, folder in alphas(args.runs[0]).items() if alpha in common(runs)}
+        first = {alpha: alphas(args.runs[0])[alpha] for alpha in common(runs)}
         write("table.md", tables(runs))
         runtime.save_json(out / "table.json", [read_json(f"{folder}/about.json") | {"alphas": figures}
                                                for folder, figures in zip(args.runs, runs)])
