@@ -1,244 +1,195 @@
 """Draw samples, and look inside a prior and a tokenizer.
 
-    python sample.py --prior runs/prior/ckpt.pt --tokenizer runs/phase2/ckpt.pt --n 64 --out samples
-    torchrun --nproc_per_node=8 sample.py --prior ... --tokenizer ... --count 50000 --out samples   # for fid.py
-    python sample.py --prior ... --tokenizer runs/phase1/ckpt.pt runs/phase2/ckpt.pt --out one two  # Fig. 9
-    python sample.py --teacher_forced /data/imagenet/val --runs runs/a0/prior/ckpt.pt:runs/a0/ckpt.pt \\
-                     runs/a1/prior/ckpt.pt:runs/a1/ckpt.pt --n 8 --out view                     # Figs. 4, 5a, 11
-    python sample.py --noise /data/imagenet/val --tokenizer runs/a0/ckpt.pt --n 1000            # Fig. 8
+    python sample.py                                                # 64 samples of runs/prior
+    torchrun --nproc_per_node=8 sample.py --count 50000 --out samples50k            # for fid.py
+    python sample.py --teacher_forced photos --runs runs/a0/prior/ckpt.pt:runs/a0/ckpt.pt \\
+           runs/a1/prior/ckpt.pt:runs/a1/ckpt.pt --count 8          # the paper's Figs. 4, 5a, 11
+    python sample.py --noise photos --tokenizer runs/a0/ckpt.pt --count 1000            # Fig. 8
 
-Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and sampler.json. Sample i
-depends on (--seed, i) alone, not on the number of processes (in bf16: for one --batch_size). Finished batches are kept
-in part/ until then: the same command continues after a kill.
+Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and
+sampler.json. A sample depends on --seed, its number and --batch_size (at most --count), not on the
+number of processes. The same flags with another phase's --tokenizer decode the same codes (Fig. 9).
 """
 import argparse
-import hashlib
 import json
-import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import data
 import runtime
-from runtime import BadInput
-from train_tokenizer import fingerprint, load_tokenizer
-from transformer import Transformer
+from losses import sha256
+from transformer import load_prior
+from vq import fingerprint, load_tokenizer
 
 
 def parse():
-    parser = runtime.Parser(__doc__)
+    parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--prior", help="checkpoint of train_prior.py; default: runs/prior/best.pt")
-    add("--tokenizer", nargs="+", help="the tokenizer of the prior's codes, phase 1 or 2; several: each decodes the "
-        "same samples; default: runs/phase2/ckpt.pt, without it runs/tokenizer/ckpt.pt")
-    # torchrun reads the script's flags too, and takes --n for an abbreviation of its own: under it use --count
-    add("--n", "--count", type=runtime.positive, default=64, help="number of samples, or of images to view")
-    add("--out", nargs="+", default=["samples"], help="folder for the results, one for each --tokenizer")
-    add("--labels", type=runtime.count, nargs="+", help="classes to sample, in turn; default: all, in turn")
-    add("--png", action="store_true", help="write every sample as a PNG as well")
-    add("--batch_size", type=runtime.positive, default=64, help="samples made at once by a process")
-    add("--seed", type=runtime.count, default=0, help="another seed, other samples")
-    add("--top_p", type=runtime.number(float, 0, 1, above=True), help="AR; default 0.92 (Table 10, ImageNet)")
-    add("--top_k", type=runtime.count, default=0, help="AR: keep the k most probable codes; 0: all")
-    add("--temperature", type=runtime.rate, default=1.0, help="divides the logits")
-    add("--steps", type=runtime.positive, help="NAR: decoding steps T; default 12")
-    add("--choice_temperature", type=runtime.weight, help="NAR: noise on the confidence; default 0.45 (Table 10)")
-    add("--cfg", type=runtime.weight, default=0.0, help="classifier-free guidance; 0: off, as in the paper")
-    add("--teacher_forced", default="", help="images (folder, shapes) to predict with ground-truth context")
-    add("--runs", nargs="+", default=[], help="PRIOR:TOKENIZER pairs for --teacher_forced")
-    add("--noise", default="", help="images whose codes are compared with those of a noisy copy")
-    add("--sigma", type=runtime.weight, default=0.01, help="standard deviation of that noise, images in [0, 1]")
-    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto: bf16 on a GPU")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile of the decoder (default: on a GPU)")
-    add("--device", choices=runtime.DEVICES, default="auto", help="auto: cuda, then mps, then cpu")
-    args = parser.parse_args()
-    if bool(args.prior) + bool(args.teacher_forced) + bool(args.noise) > 1:
-        raise BadInput("give one of --prior (samples), --teacher_forced (predictions), --noise (codes under noise)")
-    if not args.teacher_forced and not args.noise:
-        args.prior = args.prior or "runs/prior/best.pt"
-    phase = "phase2" if Path("runs/phase2/ckpt.pt").exists() else "tokenizer"
-    args.tokenizer = args.tokenizer or [f"runs/{phase}/ckpt.pt"]
-    if bool(args.runs) != bool(args.teacher_forced):
-        raise BadInput("--teacher_forced and --runs PRIOR:TOKENIZER ... belong together")
-    if args.noise and len(args.tokenizer) > 1:
-        raise BadInput("--noise looks at the codes of one --tokenizer")
-    if args.prior and not len({*args.out}) == len(args.out) == len(args.tokenizer):
-        raise BadInput("--out: give one folder for each file of --tokenizer, each another")
-    return args
+    add("--prior", default="runs/prior/best.pt", help="checkpoint of train_prior.py")
+    add("--tokenizer", default="runs/phase2/ckpt.pt",
+        help="the tokenizer of the prior's codes, of phase 1 or 2")
+    add("--count", type=int, default=64, help="number of samples, or of images to look at")
+    add("--out", default="samples", help="folder for the results")
+    add("--labels", type=int, nargs="+", help="classes to sample, in turn; default: all")
+    add("--batch_size", type=int, default=64, help="samples drawn at once by a process")
+    add("--seed", type=int, default=0, help="another seed, other samples")
+    add("--top_p", type=float, default=0.92, help="AR (Table 10: 0.92, 0.98 without classes)")
+    add("--top_k", type=int, default=0, help="AR: keep the k most probable codes; 0: all")
+    add("--temperature", type=float, default=1.0, help="divides the logits")
+    add("--steps", type=int, default=12, help="NAR: decoding steps T")
+    add("--choice_temperature", type=float, default=0.45,
+        help="NAR: noise on the confidence (Table 10: 0.45, 0.65 without classes)")
+    add("--cfg", type=float, default=0.0, help="classifier-free guidance; the paper uses none")
+    add("--teacher_forced", help="images (folder, shapes) to predict, given the codes before")
+    add("--runs", nargs="+", help="PRIOR:TOKENIZER pairs for --teacher_forced")
+    add("--noise", help="images whose codes are compared with those of a noisy copy")
+    add("--sigma", type=float, default=0.01, help="deviation of that noise, images in [0, 1]")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="torch.compile of the decoder; default: on a GPU")
+    runtime.add_device_flags(add)
+    return parser.parse_args()
 
 
 def load_pair(prior_path, tokenizer_path, device):
-    """Prior and tokenizer in eval mode, and the prior's checkpoint; refused if they don't belong together."""
-    state = runtime.load_file(prior_path, "prior")
-    tokenizer = load_tokenizer(tokenizer_path, device)
+    """Prior, tokenizer, and the prior's checkpoint; refused if they don't belong together."""
+    prior, state = load_prior(prior_path, device)
+    tokenizer, saved = load_tokenizer(tokenizer_path, device)
+    tokenizer.image_size = saved["args"]["image_size"]
     if fingerprint(tokenizer) != state["tokenizer"]:
-        raise BadInput(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on (other encoder or "
-                       f"codebook): give that one, or its phase 2")
-    with runtime.explain(f"{prior_path} does not fit this code: ", Exception):
-        prior = Transformer(**state["config"])
-        prior.load_state_dict(state["ema"] or state["model"])
-    # Not frozen: autocast caches its bf16 copies only of weights that take gradients.
-    return prior.eval().to(device), tokenizer, state
-
-
-def write_samples(out, chunks, j, shape, labels, settings):
-    """The files of a finished run, from chunks of (b, tokenizers, H, W, 3): those of tokenizer j."""
-    parts = [(lambda file=file: np.load(file)["samples"][:, j]) for file, _ in chunks]
-    first = np.concatenate([part() for part in parts[:-(-64 // len(chunks[0][1]))]])[:64]
-    data.save_grid(out / "grid.png", torch.from_numpy(first).permute(0, 3, 1, 2) / 127.5 - 1, 8)
-    runtime.save_json(out / "sampler.json", settings)
-
-    def write(file):  # np.savez would hold all samples in memory
-        with zipfile.ZipFile(file, "w") as archive:
-            if labels is not None:
-                with archive.open("arr_1.npy", "w") as member:
-                    np.save(member, labels.numpy())
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                runtime.write_npy(member, shape, np.uint8, (part() for part in parts))
-    runtime.save_file(out / "samples.npz", write)  # last: it says that all is there
-    print(f"{shape[0]} samples in {out}/samples.npz, the first of them in {out}/grid.png")
+        raise SystemExit(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on "
+                         f"(other encoder or codebook): give that one, or its phase 2")
+    return prior, tokenizer, state
 
 
 @torch.no_grad()
 def draw(args, device):
-    """Sample with all processes and write samples.npz, grid.png, sampler.json, for each tokenizer into its folder."""
-    tokenizers, outs = [], [Path(out) for out in args.out]
-    for path in args.tokenizer:
-        prior, tokenizer, state = load_pair(args.prior, path, device)
-        tokenizers.append(tokenizer)
-        if args.compile:
-            tokenizer.decoder.compile(dynamic=False)
-    classes, ar, size = prior.config["classes"], prior.kind == "ar", tokenizer.image_size
-    if args.labels and not classes:
-        raise BadInput("--labels: this prior is unconditional")
-    # by default the classes that the data had: rows of classes never seen were never trained
-    cycle = torch.tensor(args.labels or range(len(state["classes"]) if classes else 1))
-    labels = cycle[torch.arange(args.n) % len(cycle)] if classes else None
-    if ar and (args.steps or args.choice_temperature is not None):
-        raise BadInput(f"--steps and --choice_temperature are for NAR; {args.prior} is an AR prior")
-    options = {"temperature": args.temperature, "cfg": args.cfg, "top_k": args.top_k,
-               "top_p": args.top_p or (0.92 if ar else 1.0)}
-    if not ar:
-        choice = 0.45 if args.choice_temperature is None else args.choice_temperature
-        options |= {"steps": args.steps or 12, "choice_temperature": choice}
-    # One batch size throughout, the last batch filled up: another size may round another way. (So on a GPU in bf16 a
-    # sample repeats exactly for one --batch_size only; in fp32 about one code in a million depends on it.)
-    b = args.batch_size if device.type == "cuda" else min(args.batch_size, args.n)
+    """Sample with all processes, and write samples.npz, grid.png, sampler.json."""
+    out = Path(args.out)
+    if (out / "samples.npz").exists():
+        raise SystemExit(f"{out} already holds samples: choose another --out")
+    prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    if args.compile:
+        tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
-    settings = {"n": args.n, "seed": args.seed, "batch_size": b, "kind": prior.kind, **options, "labels": args.labels,
-                "png": args.png, **{key: state["args"][key] for key in ("data", "val", "image_size")},
-                "prior": args.prior, "prior_step": state["step"],
-                "prior_sha256": runtime.sha256(args.prior),
-                "tokenizer": args.tokenizer, "tokenizer_sha256": [runtime.sha256(path) for path in args.tokenizer],
-                "fingerprint": state["tokenizer"], "dtype": args.dtype, "device": device.type,
-                "torch": str(torch.__version__)}
-    part = outs[0] / f"part-{hashlib.sha256(json.dumps([settings, args.out]).encode()).hexdigest()[:12]}"
-    for other in set(outs[0].glob("part-*")) - {part}:
-        raise BadInput(f"{other} holds unfinished samples of other flags: give those, remove it, or use another --out")
-    for out in outs:  # part is there if this very run was killed between its last two files
-        if (out / "samples.npz").exists() and not part.exists():
-            raise BadInput(f"{out} already holds samples: choose another --out")
+    # by default the classes that the data had: rows of classes never seen were never trained
+    cycle = torch.tensor(args.labels or range(max(1, len(state["classes"]))))
+    labels = cycle[torch.arange(args.count) % len(cycle)] if prior.classes or args.labels else None
+    names = ("temperature", "cfg", "top_k", "top_p") if prior.kind == "ar" else (
+        "temperature", "cfg", "steps", "choice_temperature")
+    options = {name: getattr(args, name) for name in names}
 
-    chunks = runtime.chunks(part, args.n, b)
-    todo = runtime.pending(chunks)
-    progress = runtime.Progress(len(todo) * b * runtime.world(), "samples", 20)
-    for file, rows in todo:
-        ids = torch.arange(rows.start, rows.start + b)
-        with runtime.autocast(device, args.dtype), runtime.explain():
-            codes = prior.generate(ids, args.seed, None if labels is None else labels[ids % args.n], **options)
-        # In parts of 64: more images are too many for the attention decoder's kernels on a GPU.
-        parts = codes.unflatten(1, (state["grid"], -1)).split(64)
-        images = [torch.cat([data.to_uint8(t.decode_indices(part)) for part in parts]) for t in tokenizers]
-        images = torch.stack(images, 1).movedim(2, -1)[:len(rows)].cpu().numpy()  # (b, tokenizers, H, W, 3)
-        for out, its in zip(outs, images.swapaxes(0, 1)) if args.png else ():
-            (out / "png").mkdir(parents=True, exist_ok=True)
-            for i, image in zip(rows, its):
-                Image.fromarray(image).save(out / "png" / f"{i:06}.png")
-        runtime.save_file(file, lambda f, images=images: np.savez(f, samples=images))
-        progress(len(rows) * runtime.world())
-    runtime.barrier()
+    size, b = tokenizer.image_size, min(args.batch_size, args.count)
+    path = out / "unfinished.npy"
     if runtime.is_main():
-        for j, out in enumerate(outs):
-            write_samples(out, chunks, j, (args.n, size, size, 3), labels,
-                          settings | {key: settings[key][j] for key in ("tokenizer", "tokenizer_sha256")})
-        shutil.rmtree(part)
+        out.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(path, "w+", np.uint8, (args.count, size, size, 3)).flush()
+    runtime.barrier()
+    samples = np.load(path, mmap_mode="r+")  # all processes fill it
+    firsts = range(0, args.count, b)
+    progress = runtime.Progress(len(firsts))
+    for n, first in enumerate(firsts[runtime.rank()::runtime.world()], 1):
+        # One batch size throughout, the last batch filled up: another one may round otherwise.
+        rows = torch.arange(first, first + b) % args.count
+        torch.manual_seed(runtime.seed_of(args.seed, first))
+        with runtime.autocast(device, args.dtype):
+            chosen = None if labels is None else labels[rows].to(device)
+            codes = prior.generate(b, chosen, **options).unflatten(1, (state["grid"], -1))
+        # 64 at a time: more images are too many for the attention decoder's kernels on a GPU.
+        images = [data.to_uint8(tokenizer.decode_indices(part)) for part in codes.split(64)]
+        images = torch.cat(images).permute(0, 2, 3, 1)[:args.count - first]  # (b, H, W, 3)
+        samples[first:first + b] = images.cpu().numpy()
+        progress.show("sampling", n * runtime.world(), images=b, every_s=20)
+    samples.flush()
+    runtime.barrier()
+    if not runtime.is_main():
+        return
+    grid = torch.from_numpy(samples[:64].copy()).permute(0, 3, 1, 2)
+    data.save_grid(out / "grid.png", grid / 127.5 - 1, 8)
+    made = vars(args) | {"kind": prior.kind, "prior_step": state["step"],
+                         "prior_sha256": sha256(args.prior), "data": state["args"]["data"],
+                         "tokenizer_sha256": sha256(args.tokenizer), "torch": torch.__version__}
+    (out / "sampler.json").write_text(json.dumps(made, indent=1) + "\n")
+    with zipfile.ZipFile(out / "samples.tmp", "w") as archive:  # without all of it in memory
+        archive.write(path, "arr_0.npy")
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.save(member, labels.numpy())
+    (out / "samples.tmp").rename(out / "samples.npz")
+    path.unlink()
+    print(f"{args.count} samples in {out}/samples.npz, the first of them in {out}/grid.png")
 
 
-def read_images(spec, size, n, device):
-    """n images of a data set (of shapes: held-out ones): floats (n, 3, S, S) in [-1, 1], labels (n,), classes."""
+def read_images(spec, size, count, device):
+    """`count` images of a set, evenly spread: floats (n, 3, S, S) in [-1, 1], labels (n,), names of
+    the classes."""
     source = data.open_source(spec, "val")
-    n = min(n, len(source))
-    # spread over the set, so that a folder sorted by class shows several; shapes come in turn
-    chosen = range(n) if source.drawn else data.spread(len(source), n)
-    images, labels, index = zip(*(data.EvalImages(source, size)[i] for i in chosen))
-    if max(index) >= 0:
-        raise BadInput(f"{source.name(max(index))} can't be read")
+    images = data.EvalImages(source, size)
+    images, labels, reasons = zip(*(images[i] for i in data.spread(len(source), count)))
+    if any(reasons):
+        raise SystemExit(f"an image can't be read: {''.join(reasons)}")
     return data.to_float(torch.stack(images), device), torch.tensor(labels), list(source.classes)
 
 
 @torch.no_grad()
 def teacher_forced(args, device):
-    """Sec. 3.2: feed [c, s_1 .. s_(N-1)], take the top-1 code at every position (s_1 included), decode s and s' with
-    the same decoder. One row per image: the input, then for each pair its reconstruction and its prediction."""
-    columns, told = [], []
+    """Sec. 3.2: feed [c, s_1 .. s_(N-1)], take the top-1 code at every position (s_1 included), and
+    decode s and s' with the same decoder. A row per image: the input, then for each pair its
+    reconstruction and its prediction."""
+    columns = []
     for pair in args.runs:
-        prior_path, colon, tokenizer_path = pair.partition(":")
-        if not colon:
-            raise BadInput(f"--runs {pair}: a pair is PRIOR:TOKENIZER, two checkpoints with a colon between them")
-        prior, tokenizer, state = load_pair(prior_path, tokenizer_path, device)
+        prior, tokenizer, state = load_pair(*pair.split(":"), device)
         if prior.kind != "ar":
-            raise BadInput(f"{prior_path} is a NAR prior: the view needs the causal mask of an AR prior (Sec. 3.2)")
-        x, labels, classes = read_images(args.teacher_forced, tokenizer.image_size, args.n, device)
+            raise SystemExit(f"{pair}: the view needs the causal mask of an AR prior (Sec. 3.2)")
+        size = tokenizer.image_size
+        x, labels, classes = read_images(args.teacher_forced, size, args.count, device)
         if args.labels:
             labels = torch.tensor(args.labels)[torch.arange(len(x)) % len(args.labels)]
-        elif prior.config["classes"] and classes != list(state["classes"]):
-            raise BadInput(f"{prior_path} has classes that {args.teacher_forced} does not have: give --labels")
+        elif prior.classes and classes != list(state["classes"]):
+            raise SystemExit(f"{pair} has classes that {args.teacher_forced} has not: --labels")
         parts = []
         for part, y in zip(x.split(64), labels.to(device).split(64)):
             s = tokenizer.encode(part)[1]  # (b, h, w)
-            top1 = prior(s.flatten(1), y if prior.config["classes"] else None).argmax(-1).view_as(s)  # s'
-            parts.append((tokenizer.decode_indices(s), tokenizer.decode_indices(top1), (s == top1).float()))
-        reconstruction, prediction, correct = map(torch.cat, zip(*parts))
+            top1 = prior(s.flatten(1), y if prior.classes else None).argmax(-1).view_as(s)  # s'
+            reconstruction, prediction = map(tokenizer.decode_indices, (s, top1))
+            parts.append((reconstruction, prediction, (s == top1).float()))
+        reconstruction, prediction, right = map(torch.cat, zip(*parts))
         columns += [x] * (not columns) + [reconstruction, prediction]
-        told.append(f"teacher-forced top-1 accuracy {100 * correct.mean():.1f} % {pair}")
-    if len({column.shape for column in columns}) > 1:
-        raise BadInput("the tokenizers of --runs have several image sizes: compare runs of one size")
-    out = Path(args.out[0])
-    data.save_grid(out / "teacher_forced.png", torch.stack(columns, 1).flatten(0, 1), len(columns))
-    print(f"columns of {out}/teacher_forced.png: input, then reconstruction and top-1 prediction of each pair")
-    print("\n".join(told))
+        print(f"teacher-forced top-1 accuracy {100 * right.mean():.1f} % {pair}")
+    path = Path(args.out) / "teacher_forced.png"
+    data.save_grid(path, torch.stack(columns, 1).flatten(0, 1), len(columns))
+    print(f"columns of {path}: input, then reconstruction and top-1 prediction of each pair")
 
 
 @torch.no_grad()
 def changed_codes(tokenizer, x, sigma, seed):
-    """Fig. 8: the share of the codes of x (n, 3, S, S) that change under Gaussian noise too weak to see."""
+    """Fig. 8: the share of the codes of x (n, 3, S, S) that change under noise too weak to see."""
     generator, changed = torch.Generator().manual_seed(seed), []
     for part in x.split(64):
-        # images are in [-1, 1] here: sigma is in the [0, 1] of the paper's figure, hence the factor 2
-        noisy = part + 2 * sigma * torch.randn(part.shape, generator=generator).to(x.device)
-        changed.append((tokenizer.encode(part)[1] != tokenizer.encode(noisy)[1]).float())
-    return torch.cat(changed).mean().item()
+        # images are in [-1, 1] here, in the paper's figure in [0, 1]: hence the factor 2
+        noise = 2 * sigma * torch.randn(part.shape, generator=generator).to(x.device)
+        changed.append(tokenizer.encode(part)[1] != tokenizer.encode(part + noise)[1])
+    return torch.cat(changed).float().mean().item()
 
 
 def main():
     args = parse()
     device = runtime.setup(args)
-    if args.prior:
-        draw(args, device)
-    elif runtime.world() > 1:
-        raise BadInput("--teacher_forced and --noise run in one process: start them with python, not torchrun")
-    elif args.teacher_forced:
+    if (args.teacher_forced or args.noise) and runtime.world() > 1:
+        raise SystemExit("--teacher_forced and --noise run in one process: python, not torchrun")
+    if args.teacher_forced:
         teacher_forced(args, device)
+    elif args.noise:
+        tokenizer, saved = load_tokenizer(args.tokenizer, device)
+        x, *_ = read_images(args.noise, saved["args"]["image_size"], args.count, device)
+        share = changed_codes(tokenizer, x, args.sigma, args.seed)
+        print(f"{100 * share:.2f} % of the codes change under noise of sigma {args.sigma}")
     else:
-        tokenizer = load_tokenizer(args.tokenizer[0], device)
-        x, _, _ = read_images(args.noise, tokenizer.image_size, args.n, device)
-        changed, codes = changed_codes(tokenizer, x, args.sigma, args.seed), (tokenizer.image_size // tokenizer.f) ** 2
-        print(f"{100 * changed:.2f} % of {len(x) * codes} codes change under noise of sigma {args.sigma}")
+        draw(args, device)
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.launch(main)

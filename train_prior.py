@@ -1,19 +1,13 @@
-"""Train a transformer on a tokenizer's codes (Sec. 3.1.2). The defaults are Table 10's ImageNet column.
+"""Train a transformer on a tokenizer's codes (Sec. 3.1.2). Defaults: Table 10's ImageNet column.
 
-    python train_prior.py --tokenizer runs/tokenizer/ckpt.pt --classes 10 --size tiny --views 1 --batch_size 16 \\
-           --lr 2e-3 --iters 1000 --workers 0                                          # a CPU, after README's "laptop"
-    torchrun --nproc_per_node=8 train_prior.py --tokenizer runs/tokenizer/ckpt.pt --kind nar --size large \\
-             --data /data/imagenet/train --val /data/imagenet/val
+    python train_prior.py --size tiny --views 1 --batch_size 16 --lr 2e-3 --iters 1000    # a laptop
+    torchrun --nproc_per_node=8 train_prior.py --kind nar --size large --views 10    # eight GPUs
 
-First every image is encoded once (several crops and flips of each) into codes/ in the run folder, by all processes;
-then training reads only that. docs/settings.md has the command of every column of Table 10.
+First every image is encoded once (several crops and flips of each) into codes/ in the run folder,
+by all processes; then training reads only that.
 """
-import copy
-import hashlib
-import itertools
-import json
 import math
-import shutil
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,55 +17,47 @@ import torch
 import data
 import runtime
 import vq
-from runtime import BadInput
-from train_tokenizer import fingerprint, load_tokenizer, update_average
 from transformer import SIZES, Transformer
 
-# Table 10. Paper: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0, start_iter 50,000".
-# decay_start is their share of 1,500,000 steps: with 80,000 itself the rate of a shorter run would never decay.
-KIND = {"ar": dict(lr_end=5e-6, decay_start=80 / 1500), "nar": dict(lr_end=0.0, decay_start=50 / 1500)}
+FIXED = ("seed", "batch_size", "kind", "size", "classes", "views", "crop")  # while a run goes on
+SHOWN = ("loss", "H", "H_minus_loss", "skipped")
 
 
 def parse():
-    parser = runtime.Parser(__doc__)
+    parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser, out="runs/prior", iters=1_500_000, batch_size=256, lr=1e-4)
     add = parser.add_argument
-    add("--tokenizer", default="runs/tokenizer/ckpt.pt", help="checkpoint of train_tokenizer.py, of either phase")
-    add("--kind", choices=["ar", "nar"], default="ar", help="autoregressive, or masked (MaskGIT)")
-    add("--size", choices=list(SIZES), default="base", help="Table 8; tiny is ours, for a CPU")
-    add("--classes", type=runtime.count, help="default: as many as the data have; 0: unconditional")
-    add("--dropout", type=runtime.decay, default=0.1, help="Table 8")
-    add("--label_dropout", type=runtime.decay, default=0.0,
+    add("--tokenizer", default="runs/tokenizer/ckpt.pt",
+        help="checkpoint of train_tokenizer.py, of either phase")
+    add("--kind", choices=("ar", "nar"), default="ar", help="autoregressive, or masked (MaskGIT)")
+    add("--size", choices=SIZES, default="base", help="Table 8; tiny is ours, for a CPU")
+    add("--classes", type=int, help="0: unconditional; default: as many as the data have")
+    add("--dropout", type=float, default=0.1, help="Table 8")
+    add("--label_dropout", type=float, default=0.0,
         help="share of labels replaced by the null class, for guidance; the paper uses none")
-    add("--lr_end", type=runtime.weight, help="learning rate at the last step: 5e-6 for ar, 0 for nar")
-    add("--decay_start", type=runtime.count, help="step at which the decay begins: 80/1500 of --iters, for nar 50/1500")
-    add("--betas", type=runtime.decay, nargs=2, default=[0.9, 0.96], help="AdamW's")
-    add("--weight_decay", type=runtime.weight, default=1e-2, help="none on biases, norms, embeddings")
-    add("--ema", type=runtime.decay, default=0.0, help="decay of a weight average (0: none)")
-    add("--crop", choices=data.CROPS, default="random", help="random: ImageNet, resized: FFHQ, center: LSUN")
-    add("--views", type=runtime.positive, help="crops and flips encoded per image: 4; with --crop center: 1")
-    add("--codes", default="", help="folder of the code cache, to share it between runs; default: codes/ in --out")
-    args = parser.parse_args()
-    if args.lr_end is None:
-        args.lr_end = KIND[args.kind]["lr_end"]
-    if args.decay_start is None:
-        args.decay_start = round(args.iters * KIND[args.kind]["decay_start"])
+    add("--lr_end", type=float, help="learning rate at the last step; default: --lr / 20, nar 0")
+    add("--decay_start", type=int,
+        help="step at which the decay begins; default: 80/1500 of --iters, nar 50/1500")
+    add("--views", type=int, help="crops and flips per image; default: 4, with --crop center 1")
+    add("--codes", help="folder of the code cache, to share it; default: codes/ in --out")
+    parser.set_defaults(fingerprint="")  # of the tokenizer: no flag, but kept with them
+    given = runtime.first_look(parser)
+    if not runtime.resuming(given):
+        saved = vq.load_tokenizer(given.tokenizer)[1]["args"]
+        runtime.inherit(parser, saved, ("data", "val", "crop", "image_size"))
+    args = runtime.parse(parser, "prior", FIXED)
     if args.views is None:
         args.views = 1 if args.crop == "center" else 4
-    if args.crop == "center" and args.views > 1:
-        raise BadInput(f"--views {args.views}: --crop center gives one view of an image, the same every time")
-    if args.kind == "ar" and not args.lr_end:
-        raise BadInput("--lr_end 0: the exponential decay of --kind ar never comes to 0, give a small number")
     return args
 
 
-# ------------------------------------------------------------------------------------------- the code cache
+# --------------------------------------------------------------------------------- the code cache
 
-CHUNK = 4096  # rows a file: what a kill can cost a process
+EMPTY = 65535  # in the cache: no code yet
 
 
 class Views(data.TrainImages):
-    """Row j * views + v: view v of image j, (uint8 (3, S, S), label, -1 or an unreadable image's index)."""
+    """Row j * views + v: view v of image j, as TrainImages gives it."""
 
     def __init__(self, source, size, crop, views):
         super().__init__(source, size, crop, seed=0)  # not --seed: seeds share a cache
@@ -81,47 +67,52 @@ class Views(data.TrainImages):
         return self.view(row // self.views, row)
 
 
-def encode_dataset(folder, source, model, crop, views, args, device):
-    """Codes of all views of all images: (rows, N) uint16 and labels (rows,) int32, memory-mapped.
+def open_array(path, shape, dtype, fill):
+    """A memory-mapped .npy of that shape, made with `fill` everywhere if it is not there."""
+    if runtime.is_main() and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        array[:] = fill
+        array.flush()
+        os.replace(temporary, path)
+    runtime.barrier()
+    return np.load(path, mmap_mode="r+")
 
-    They lie in a folder named after all that they depend on, so those of another tokenizer or data set are never taken.
-    Chunks are shared out over the processes; those that a killed run has finished are skipped."""
+
+def encode_dataset(folder, source, model, crop, views, args, device):
+    """Codes of all views of all images (rows, N) uint16 and labels (rows,) int32, memory-mapped.
+
+    They lie in a folder named after all that they depend on, so those of another tokenizer or data
+    set are never taken. A stopped run goes on with the rows that are still EMPTY."""
     dataset = Views(source, args.image_size, crop, views)
     shape = len(source) * views, (args.image_size // model.f) ** 2  # (rows, N)
-    made_of = [fingerprint(model), source.signature(), shape[0], crop, views, args.image_size]
-    folder = Path(f"{folder}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}")
-    if not (folder / "codes.npy").exists():
-        chunks = runtime.chunks(folder / "chunks", shape[0], CHUNK)
-        todo, bad = runtime.pending(chunks), data.Bad(source)
-        progress = runtime.Progress(sum(len(rows) for _, rows in todo), f"encoding to {folder}")
-        split = [[rows[i:i + 32] for i in range(0, len(rows), 32)] for _, rows in todo]
-        batches = iter(data.loader(dataset, list(itertools.chain(*split)), args.workers, device))
-        for (file, _), parts in zip(todo, split):
-            codes, labels = [], []
-            for _, (images, y, index) in zip(parts, batches):
-                bad(index)
-                with torch.no_grad():  # fp32: in bf16 one code in a hundred is another, and the other tools use fp32
-                    codes.append(model.encode(data.to_float(images, device))[1].flatten(1).int())
-                labels.append(y)
-                progress(len(y))
-            arrays = {"codes": torch.cat(codes).cpu().numpy().astype(np.uint16),
-                      "labels": torch.cat(labels).numpy().astype(np.int32)}
-            runtime.save_file(file, lambda f, arrays=arrays: np.savez(f, **arrays))
-        runtime.barrier()
-        if runtime.is_main():
-            labels = np.concatenate([np.load(file)["labels"] for file, _ in chunks])
-            runtime.save_file(folder / "labels.npy", lambda f: np.save(f, labels))
-            parts = (np.load(file)["codes"] for file, _ in chunks)
-            # last: it says that all is there
-            runtime.save_file(folder / "codes.npy", lambda f: runtime.write_npy(f, shape, np.uint16, parts))
-            shutil.rmtree(folder / "chunks")
-        runtime.barrier()
-    return np.load(folder / "codes.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+    made_of = vq.fingerprint(model), source.signature(), shape, crop, views, args.image_size
+    folder = Path(f"{folder}-{data.digest(str(made_of))}")
+    codes = open_array(folder / "codes.npy", shape, np.uint16, EMPTY)
+    labels = open_array(folder / "labels.npy", shape[:1], np.int32, 0)
+    todo = [range(i, min(i + 32, shape[0])) for i in range(0, shape[0], 32)]
+    todo = [rows for rows in todo if (codes[rows.start:rows.stop] == EMPTY).any()]
+    runtime.barrier()  # all have looked before one writes
+    mine = todo[runtime.rank()::runtime.world()]
+    bad, progress = data.Bad(source), runtime.Progress(len(todo))
+    batches = data.loader(dataset, mine, args.workers, device)
+    for n, (rows, (images, y, reasons)) in enumerate(zip(mine, batches), 1):
+        bad(reasons)
+        with torch.no_grad():  # fp32: in bf16 one code in a hundred is another
+            indices = model.encode(data.to_float(images, device))[1].flatten(1)
+        labels[rows.start:rows.stop] = y.numpy()
+        codes[rows.start:rows.stop] = indices.cpu().numpy()
+        progress.show(f"encoding to {folder}", n * runtime.world(), images=32, every_s=10)
+    codes.flush()
+    labels.flush()
+    runtime.barrier()
+    return codes, labels
 
 
 @lru_cache(1)
 def epoch_rows(seed, epoch, images, views):
-    """Rows of the cache in the order of an epoch, one view of each image: a function of seed and epoch alone."""
+    """Rows of the cache in the order of an epoch, one view of each image."""
     rng = np.random.default_rng([seed, epoch, 2])
     return rng.permutation(images) * views + rng.integers(views, size=images)
 
@@ -129,32 +120,40 @@ def epoch_rows(seed, epoch, images, views):
 def fetch(cache, rows, args, device):
     """Rows of the cache -> indices (B, N), labels (B,) or None, both int64 on the device."""
     indices, labels = (torch.from_numpy(array[rows].astype(np.int64)) for array in cache)
-    if device.type == "cuda":  # from pinned memory the copy is asynchronous: else the host waits for all queued work
+    if device.type == "cuda":  # from pinned memory the copy does not wait for queued work
         indices, labels = indices.pin_memory(), labels.pin_memory()
-    return indices.to(device, non_blocking=True), labels.to(device, non_blocking=True) if args.classes else None
+    indices, labels = (t.to(device, non_blocking=True) for t in (indices, labels))
+    return indices, labels if args.classes else None
 
 
-def unigram_entropy(codes, K, rows=20_000):
-    """Entropy in nats of the codes of up to `rows` rows spread over the cache: what a prior without context reaches."""
-    some = codes[data.spread(len(codes), min(rows, len(codes)))]
-    return vq.usage_and_perplexity(torch.bincount(torch.from_numpy(some.astype(np.int64)).flatten(), minlength=K))[2]
+def unigram_entropy(codes, K):
+    """Entropy in nats of the codes of up to 20,000 rows: what a prior without context reaches."""
+    some = codes[data.spread(len(codes), 20_000)]
+    histogram = torch.bincount(torch.from_numpy(some.astype(np.int64)).flatten(), minlength=K)
+    return vq.usage_and_perplexity(histogram)[2]
 
 
-# -------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- training
 
 def learning_rate(step, args):
-    """Table 10: constant until `decay_start`; then AR exponentially to lr_end at the last step, NAR linearly."""
-    t = max(0.0, (step - args.decay_start) / max(1, args.iters - args.decay_start))
+    """Constant until `decay_start`; then AR exponentially to `lr_end` at the last step, NAR
+    linearly. Paper: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0, start_iter
+    50,000" (Table 10); in shorter runs the decay begins at the same share of the steps."""
+    end, start = (args.lr / 20, 80 / 1500) if args.kind == "ar" else (0.0, 50 / 1500)
+    end = end if args.lr_end is None else args.lr_end
+    start = round(start * args.iters) if args.decay_start is None else args.decay_start
+    t = max(0.0, (step - start) / max(1, args.iters - start))
     if args.kind == "ar":
-        return args.lr * (args.lr_end / args.lr) ** t
-    return args.lr + (args.lr_end - args.lr) * t
+        return args.lr * (end / args.lr) ** t
+    return args.lr + (end - args.lr) * t
 
 
 def prior_step(model, micro_batches, args):
-    """Forward and backward pass on micro-batches of (indices, tokens, labels, mask). Returns this process's share of
-    the loss."""
-    # Masks differ in size: the mean is over the masked tokens of the global batch, whichever process holds them.
-    count = runtime.sum_over_processes(sum(mask.sum() for *_, mask in micro_batches).float()) / runtime.world()
+    """Forward and backward pass on micro-batches of (indices, tokens, labels, mask). Returns this
+    process's share of the loss."""
+    # Masks differ in size: the mean is over the masked tokens of the global batch.
+    count = sum(mask.sum() for *_, mask in micro_batches).float()
+    count = runtime.sum_over_processes(count) / runtime.world()
     total = 0
     for indices, tokens, labels, mask in micro_batches:
         with runtime.autocast(indices.device, args.dtype):
@@ -166,14 +165,17 @@ def prior_step(model, micro_batches, args):
 
 @torch.no_grad()
 def validate(model, cache, args, device):
-    """Validation loss in nats per token (NAR: per masked token, the same masks every time)."""
+    """Loss in nats per token on at most 5,000 images (NAR: per masked token, always the same)."""
     model.eval()
+    chosen = data.spread(len(cache[0]), 5000)
+    generator = torch.Generator().manual_seed(args.seed)
+    noise = torch.rand(len(chosen), model.tokens + 2, generator=generator)
     total = torch.zeros(2, dtype=torch.float64)
-    for first in range(runtime.rank() * 64, len(cache[0]), runtime.world() * 64):
-        rows = np.arange(first, min(first + 64, len(cache[0])))
-        indices, labels = fetch(cache, rows, args, device)
+    for first in range(runtime.rank() * 64, len(chosen), runtime.world() * 64):
+        indices, labels = fetch(cache, chosen[first:first + 64], args, device)
+        u = noise[first:first + 64].to(device)
         with runtime.autocast(device, args.dtype):
-            tokens, labels, mask = model.corrupt(indices, labels, rows, seed=args.seed + 1)
+            tokens, labels, mask = model.corrupt(indices, labels, u)
             loss, count = model.loss(model(tokens, labels), indices, mask)
         total += torch.stack([loss, count]).cpu().double()
     model.train()
@@ -184,85 +186,81 @@ def validate(model, cache, args, device):
 def main():
     args = parse()
     device = runtime.setup(args)
-    b = runtime.micro_batch(args)
-    run = runtime.Run(args, "prior")
-    tokenizer = load_tokenizer(args.tokenizer, device)
-    args.image_size, args.fingerprint, K = tokenizer.image_size, fingerprint(tokenizer), tokenizer.quantizer.K
-    source, val = data.open_data(args, tokenizer.args)
-    if args.classes not in (None, 0, len(source.classes)):
-        raise BadInput(f"--data {args.data} has {len(source.classes)} classes, --classes says {args.classes}: leave "
-                       f"the flag out, or give 0")
-    args.classes = len(source.classes) if args.classes is None else args.classes
-    if args.label_dropout and not args.classes:
-        raise BadInput("--label_dropout needs classes: it drops the label")
-    if args.classes and tuple(val.classes) != tuple(source.classes):
-        raise BadInput(f"--val {args.val} has other classes than --data {args.data}")
+    b, rank, world = runtime.micro_batch(args), runtime.rank(), runtime.world()
+    tokenizer, _ = vq.load_tokenizer(args.tokenizer, device)
+    K, fingerprint = tokenizer.quantizer.codebook_size, vq.fingerprint(tokenizer)
+    if args.fingerprint not in ("", fingerprint):
+        raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on")
+    args.fingerprint = fingerprint
+    source, val = data.open_data(args)
+    if args.classes is None:
+        args.classes = len(source.classes)
     if args.compile:
         tokenizer.encoder.compile(dynamic=False)
-    folder = Path(args.codes or run.out / "codes")
+    folder = Path(args.codes or Path(args.out) / "codes")
     cache = encode_dataset(folder / "train", source, tokenizer, args.crop, args.views, args, device)
     val_cache = encode_dataset(folder / "val", val, tokenizer, "center", 1, args, device)
-    (rows, N), images, grid = cache[0].shape, len(cache[0]) // args.views, args.image_size // tokenizer.f
+    (rows, N), images, grid = cache[0].shape, len(source), args.image_size // tokenizer.f
     del tokenizer
 
-    # ---- model and optimizer. Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
+    # Paper: Adam in Secs. 4.2 and 4.3, AdamW in Table 10: the table is the more specific.
     torch.manual_seed(args.seed)
-    with runtime.explain():
-        model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, bool(args.label_dropout)).to(device)
-    optimizer = torch.optim.AdamW(model.param_groups(args.weight_decay), args.lr, args.betas, fused=True)
-    ema = copy.deepcopy(model) if args.ema else None
-    guard, averages = runtime.Guard(device), runtime.Averages()
-    state = run.resume(model=model, optimizer=optimizer, ema=ema)
-    start = state["step"] if state else 0
-    best = min((v["loss"] for v in run.lines if v["split"] == "val" and v["loss"] is not None), default=math.inf)
+    null_class = args.label_dropout > 0
+    model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, null_class)
+    model.to(device)
+    opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
+    run = runtime.Run(args, "prior", SHOWN)
+    start = run.resume(model=model, opt=opt)
+    losses = [line["loss"] for line in run.lines if line["split"] == "val"]
+    best = min((loss for loss in losses if loss is not None), default=math.inf)
     H = unigram_entropy(cache[0], K)
     if runtime.is_main():
-        print(f"{rows} rows of {N} codes, {len(val_cache[0])} for validation; "
-              f"ln K {math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
+        print(f"{rows} rows of {N} codes, {len(val_cache[0])} for validation; ln K "
+              f"{math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
     if args.compile:
         model.compile(dynamic=False)
+    steps, averages = runtime.Steps(run, opt), runtime.Averages()
 
-    def save(step, path=None):
-        run.save(step, path, config=model.config, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                 ema=ema and ema.state_dict(), tokenizer=args.fingerprint, grid=grid, classes=list(source.classes))
-
-    def evaluate(step):
-        nonlocal best
-        loss = float(f"{validate(ema or model, val_cache, args, device):.6g}")
-        if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
-            best = loss
-            save(step, run.out / "best.pt")
-        run.progress(step, **run.log(step, "val", loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss))
+    def save(step, path):
+        run.save(step, path, config=model.config, model=model.state_dict(), opt=opt.state_dict(),
+                 tokenizer=fingerprint, grid=grid, classes=list(source.classes))
 
     model.train()
-    run.progress(start)
-    if run.missed(start):
-        evaluate(start)
-
     for step in range(start, args.iters):
-        # Dropout is a function of (seed, step, process): a resumed run needs no saved generator.
-        sequence = np.random.SeedSequence([args.seed, step, runtime.rank()])
-        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+        # Noise of the global batch: each process takes its rows. Dropout is drawn per process.
+        generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step))
+        noise = torch.rand(args.batch_size, N + 2, generator=generator)
+        torch.manual_seed(runtime.seed_of(args.seed, step, rank))
         micro_batches = []
         for a in range(args.accum):
-            first = step * args.batch_size + (a * runtime.world() + runtime.rank()) * b
-            positions = range(first, first + b)  # of the endless stream, as data.TrainImages has it for images
-            indices, labels = fetch(cache, [epoch_rows(args.seed, n // images, images, args.views)[n % images]
-                                            for n in positions], args, device)
-            micro_batches.append((indices, *model.corrupt(indices, labels, positions, args.seed, args.label_dropout)))
+            first = (a * world + rank) * b
+            positions = range(step * args.batch_size + first, step * args.batch_size + first + b)
+            chosen = [epoch_rows(args.seed, n // images, images, args.views)[n % images]
+                      for n in positions]
+            indices, labels = fetch(cache, chosen, args, device)
+            u = noise[first:first + b].to(device, non_blocking=True)
+            corrupted = model.corrupt(indices, labels, u, args.label_dropout)
+            micro_batches.append((indices, *corrupted))
         averages.add(loss=prior_step(model, micro_batches, args))
-        averages.add(grad_norm=guard.step(optimizer, learning_rate(step, args)))
-        if ema:
-            update_average(ema, model, args.ema if step else 0)
+        lr = learning_rate(step, args)
+        norm, = steps.take(lr)
 
-        done, broken = step + 1, False
+        done = step + 1
         if run.due(done, args.log_every):
-            skipped, broken = guard.check()
-            run.progress(done, **run.log(done, "train", lr=learning_rate(step, args), skipped=skipped,
-                                         **averages.means()))
-        if run.after_step(done, broken, save, evaluate):
+            run.log(done, "train", lr=lr, grad_norm=norm, skipped=steps.skipped, **averages.means())
+        stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
+        if due and not stop:
+            loss = validate(model, val_cache, args, device)
+            values = dict(loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss)
+            good = run.log(done, "val", **values) and good
+            if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
+                best = loss
+                save(done, run.out / "best.pt")
+        if (due or stop) and good:  # else the last good state stays on disk
+            save(done, run.ckpt)
+        if stop:
             return
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.launch(main)

@@ -2,21 +2,21 @@
 
     python transformer.py        # the parameter counts beside the paper's
 
-AR and NAR "share the same architecture, except that the AR transformer has the causal mask on attention"
-(Sec. 6.1). Shapes: B images, N codes an image, K codes in the codebook, d the model's width.
+AR and NAR "share the same architecture, except that the AR transformer has the causal mask on
+attention" (Sec. 6.1). B images, N codes an image, K codes in the codebook, width d.
 
     AR    reads [c, s_1 .. s_(N-1)]    slot i predicts s_i from c and s_<i      sampled code by code
-    NAR   reads [c, s_m]               every masked s_i from c and the others   sampled in T steps (MaskGIT)
+    NAR   reads [c, s_m]               every masked s_i from c and the others   sampled in T steps
 
 The prefix c is the class's embedding, or one learned row without classes. A training step is
 
-    tokens, labels, mask = model.corrupt(indices, labels, samples, seed)
-    total, count = model.loss(model(tokens, labels), indices, mask)         # total / count: Eq. 3 per token
+    u = torch.rand(len(indices), model.tokens + 2)
+    tokens, labels, mask = model.corrupt(indices, labels, u)
+    total, count = model.loss(model(tokens, labels), indices, mask)  # total / count: Eq. 3 a token
 
-and `model.eval().generate(range(64), labels=labels)` draws the codes of 64 images.
+and `model.eval().generate(64, labels)` draws the codes of 64 images.
 """
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,13 @@ SIZES = {  # Table 8; the hidden width of the MLP is 4d
     "large": {"blocks": 24, "heads": 16, "width": 1024},
     "tiny": {"blocks": 4, "heads": 4, "width": 128},  # ours, for a CPU
 }
-GOLDEN = -0x61C8864680B583EB  # SplitMix64's increment, 2^64 / golden ratio
 
 
 class Block(nn.Module):
     """Pre-LN attention and MLP, each with a residual: x (B, L, d) -> (B, L, d).
 
-    The paper gives the sizes and "dropout 0.1" alone. Where the dropout sits (embedding, attention weights,
-    both residual branches), GELU and biases everywhere are GPT-2's.
-    """
+    The paper gives sizes and "dropout 0.1" alone. Where the dropout sits (embedding, attention
+    weights, both residual branches), GELU and biases everywhere are GPT-2's."""
 
     def __init__(self, d, heads, dropout, causal):
         super().__init__()
@@ -55,7 +53,7 @@ class Block(nn.Module):
         if cache is None:
             p = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
-        else:  # L = 1: write this slot's key and value in place, attend to the slots up to it
+        else:  # L = 1: write this slot's key and value, attend to the slots up to it
             cache[0].index_copy_(2, slot, k)
             cache[1].index_copy_(2, slot, v)
             y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen)
@@ -67,27 +65,27 @@ class Transformer(nn.Module):
     """A prior over sequences of `tokens` = N codes.
 
     kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. classes: 0 is unconditional.
-    null_class adds a row that stands for "no class", which guidance (`cfg`) and `label_dropout` need; off by default:
-    the paper "exclude[s] the classifier-free guidance" (Sec. 6.1). `Transformer(**model.config)` builds it again.
-    """
+    null_class adds a row that stands for "no class", for guidance; off by default: the paper
+    "exclude[s] the classifier-free guidance" (Sec. 6.1)."""
 
-    def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000, dropout=0.1,
-                 null_class=False):
+    def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000,
+                 dropout=0.1, null_class=False):
         super().__init__()
-        self.config = {"kind": kind, "size": size, "codebook_size": codebook_size, "tokens": tokens,
-                       "classes": classes, "dropout": dropout, "null_class": null_class}
+        self.config = {"kind": kind, "size": size, "codebook_size": codebook_size,
+                       "tokens": tokens, "classes": classes, "dropout": dropout,
+                       "null_class": null_class}
         self.kind, self.codebook_size, self.tokens = kind, codebook_size, tokens
-        self.classes, self.null_class = classes, null_class
-        self.mask_id = codebook_size  # NAR's mask token and the null class are one more row of their tables
-        blocks, self.heads, d = SIZES[size].values()
-        nar = kind == "nar"
-        self.code = nn.Embedding(codebook_size + nar, d)  # its first K rows are the head's weight, too
+        self.classes = classes
+        self.mask_id = codebook_size  # NAR's mask token, and the null class, are rows of their own
+        self.heads, d = SIZES[size]["heads"], SIZES[size]["width"]
+        nar, blocks = kind == "nar", SIZES[size]["blocks"]
+        self.code = nn.Embedding(codebook_size + nar, d)  # its first K rows: the head's weight, too
         self.slot = nn.Embedding(tokens + nar, d)  # slot 0 is the prefix; AR never reads s_N
         self.prefix = nn.Embedding(max(classes, 1) + null_class, d)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d, self.heads, dropout, causal=not nar) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(d, self.heads, dropout, not nar) for _ in range(blocks))
         self.norm = nn.LayerNorm(d)
-        # The paper gives no initialisation; GPT-2's shrinks the residual branches by sqrt(2 * blocks)
+        # Paper: silent. GPT-2's start, which shrinks the residual branches by sqrt(2 * blocks)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 last = name.endswith(("proj.weight", "fc2.weight"))
@@ -96,17 +94,18 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def param_groups(self, weight_decay=1e-2):
-        """AdamW's groups. Table 10 gives weight_decay 1e-2, not what it applies to: here the linear layers' matrices,
-        but no biases, norms and embeddings (the tied head is one)."""
+        """AdamW's groups. Table 10 gives weight_decay 1e-2, not what it applies to: here the linear
+        layers' matrices, but no biases, norms and embeddings (the tied head is one)."""
         decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.parameters() if all(p is not w for w in decay)]
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return [{"params": decay, "weight_decay": weight_decay},
+                {"params": others, "weight_decay": 0.0}]
 
     def forward(self, indices, labels=None):
         """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
-        AR: row i depends on s_<i and the label. Their argmax is the view of Sec. 3.2. NAR: masked codes are
-        `mask_id` = K. The label `classes` is the null class."""
+        AR: row i depends on s_<i and the label; its argmax is the view of Sec. 3.2.
+        NAR: masked codes are `mask_id` = K. The label `classes` is the null class."""
         x = self.code(indices[:, :-1] if self.kind == "ar" else indices)
         x = torch.cat([self._prefix(labels, len(indices)), x], 1)  # (B, N, d), NAR (B, N+1, d)
         x = self.drop(x + self.slot.weight)
@@ -116,24 +115,22 @@ class Transformer(nn.Module):
 
     def _prefix(self, labels, batch):
         if bool(self.classes) != (labels is not None):
-            raise ValueError(f"labels: pass one of {self.classes} classes for each image, none if that is 0")
+            raise ValueError(f"labels: a prior of {self.classes} classes needs them, of 0 none")
         if labels is None:
             labels = torch.zeros(batch, dtype=torch.long, device=self.prefix.weight.device)
         return self.prefix(labels)[:, None]  # (B, 1, d)
 
     def _head(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # in fp32: bf16 numbers near 8 are 0.06 apart
-            return F.linear(self.norm(x).float(), self.code.weight[: self.codebook_size].float())
+        with torch.autocast(x.device.type, enabled=False):  # bf16 numbers near 8 are 0.06 apart
+            weight = self.code.weight[:self.codebook_size]
+            return F.linear(self.norm(x).float(), weight.float())
 
-    def corrupt(self, indices, labels, samples, seed=0, label_dropout=0.0):
-        """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to predict.
+    def corrupt(self, indices, labels, u, label_dropout=0.0):
+        """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to
+        predict. u (B, N + 2), uniform in [0, 1), decides all of it.
 
-        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted. For guidance a label
-        becomes the null class with probability `label_dropout`. Row j's randomness is a function of (seed, samples[j]):
-        number the samples of a run (step * batch size + row), and any split into processes or micro-batches gives the
-        same masks.
-        """
-        u = uniforms(keys(seed, samples, indices.device), -1, self.tokens + 2)  # -1: a place that `generate` never uses
+        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted.
+        A label becomes the null class with probability `label_dropout`."""
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
         if self.kind == "ar":
@@ -142,9 +139,10 @@ class Transformer(nn.Module):
         return indices.masked_fill(mask, self.mask_id), labels, mask
 
     def loss(self, logits, indices, mask):
-        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are. Kept apart, since
-        masks differ in size: micro-batches and processes add up both. In training mode NAR's targets are smoothed by
-        0.1 (MaskGIT's; the paper is silent), so only a loss in eval mode is a likelihood."""
+        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are.
+
+        Kept apart, since masks differ in size: micro-batches and processes add up both. In training
+        mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is silent)."""
         smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
         nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
                               label_smoothing=smoothing)
@@ -154,14 +152,15 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch):
         """Keys and values of every block, (blocks, 2, batch, heads, N, d / heads), for `step`."""
-        w, kind = self.code.weight, self.code.weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else w.dtype
+        w, device = self.code.weight, self.code.weight.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
         shape = len(self.blocks), 2, batch, self.heads, self.tokens, w.shape[1] // self.heads
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
     def step(self, x, slot, cache):
-        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills the cache; shapes
-        are fixed and nothing is read back to the host."""
+        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills
+        the cache. Shapes are fixed, and nothing is read back to the host."""
         x = x + self.slot(slot)
         seen = (torch.arange(self.tokens, device=x.device) <= slot)[None]  # (1, N)
         for block, kv in zip(self.blocks, cache):
@@ -169,32 +168,18 @@ class Transformer(nn.Module):
         return self._head(x)[:, 0]
 
     @torch.no_grad()
-    def generate(self, sample_ids, seed=0, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
-                 steps=12, choice_temperature=0.45):
-        """Draw codes -> (B, N) int64 in [0, K). labels (B,) int64 in [0, classes), or None for an unconditional model.
+    def generate(self, batch, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0, steps=12,
+                 choice_temperature=0.45):
+        """Draw codes -> (batch, N) int64 in [0, K), by torch's default generator: seed it before.
 
-        sample_ids: B integers. Sample i depends on (seed, i) and its label alone: its random numbers exactly, its
-            logits up to rounding. Keep the batch size (pad the last batch) where samples must repeat exactly in bf16.
+        labels: (batch,) int64 in [0, classes), None for an unconditional model.
         temperature: divides the logits, > 0.
-        top_k, top_p: AR only. Keep the k most probable codes (0: all), then the fewest of those that hold the share
-            p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
-        cfg: classifier-free guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
-        steps: NAR only: T in [1, N]; 12 in Tables 3 and 4.
-        choice_temperature: NAR only, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, 0.65 on the others.
-        """
-        N, K, B, device = self.tokens, self.codebook_size, len(sample_ids), self.code.weight.device
-        for wrong, sentence in (
-                (self.training, "generate() in training mode would sample with dropout: call eval() first"),
-                (not 0 <= top_k <= K, f"top_k is {top_k}: use 0 (off) to {K}, the number of codes"),
-                (self.kind == "nar" and (top_k or top_p < 1), "top_k and top_p are for AR: use choice_temperature"),
-                (self.kind == "nar" and not 1 <= steps <= N, f"steps is {steps}: use 1 to {N}, the number of tokens"),
-                (cfg and not self.null_class, f"cfg is {cfg}: use 0 (off) for a model trained without a null class"),
-                (labels is not None and self.classes and not (0 <= labels.min() and labels.max() < self.classes),
-                 f"labels: use 0 to {self.classes - 1}, the classes of the model")):
-            if wrong:
-                raise ValueError(sentence)
-        key, copies = keys(seed, sample_ids, device), 2 if cfg else 1
-        labels = None if labels is None else labels.to(device)
+        top_k, top_p: AR. Keep the k most probable codes (0: all), then the fewest of them that hold
+            the share p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
+        cfg: guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
+        steps: NAR: T in [1, N]; 12 in Tables 3 and 4.
+        choice_temperature: NAR, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, else 0.65."""
+        N, device, copies = self.tokens, self.code.weight.device, 2 if cfg else 1
         if cfg:  # the second half of the batch sees the same codes and no class
             labels = torch.cat([labels, torch.full_like(labels, self.classes)])
 
@@ -203,16 +188,16 @@ class Transformer(nn.Module):
             return l_c + cfg * (l_c - l_null[0]) if cfg else l_c
 
         if self.kind == "nar":
-            tokens = torch.full((B, N), self.mask_id, device=device)
-            return maskgit(tokens, lambda s: guide(self(s.repeat(copies, 1), labels)), partial(uniforms, key), steps,
+            tokens = torch.full((batch, N), self.mask_id, device=device)
+            return maskgit(tokens, lambda s: guide(self(s.repeat(copies, 1), labels)), steps,
                            self.mask_id, temperature, choice_temperature)
-        x = self._prefix(labels, B)  # (B, 1, d), with guidance (2B, 1, d)
+        x = self._prefix(labels, batch)  # (batch, 1, d), with guidance (2 batch, 1, d)
         cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
-        s = torch.zeros(B, N, dtype=torch.long, device=device)
+        s = torch.zeros(batch, N, dtype=torch.long, device=device)
 
         def next_code():  # all of its state is on the device, at fixed addresses
             logits = guide(self.step(x, slot, cache))
-            code = sample(logits, uniforms(key, slot, K), temperature, top_k, top_p)  # (B,)
+            code = sample(logits, temperature, top_k, top_p)  # (batch,)
             s.index_copy_(1, slot, code[:, None])
             x.copy_(self.code(code.repeat(copies))[:, None])
             slot.add_(1)
@@ -222,12 +207,14 @@ class Transformer(nn.Module):
 
 
 def repeat(step, n, device):
-    """Call step() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a few hundred small
-    kernels one by one takes longer than to run them."""
+    """Call step() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a
+    few hundred small kernels one by one takes longer than to run them."""
     if device.type != "cuda":
-        return [step() for _ in range(n)]
-    # The first calls are real ones: libraries set themselves up, and autocast makes the bf16 copies of the weights,
-    # which it keeps as long as the caller's `with autocast` lasts. So the graph must not outlive this function.
+        for _ in range(n):
+            step()
+        return
+    # The first calls are real ones: libraries set themselves up, and autocast makes its bf16 copies
+    # of the weights, which live as long as the caller's `with autocast`. So must the graph.
     warm, side = min(n, 3), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -241,42 +228,23 @@ def repeat(step, n, device):
         graph.replay()
 
 
-def mix(x):
-    """SplitMix64's finaliser, a bijection of int64 that looks random; products wrap around."""
-    x = (x ^ (x >> 30 & 2**34 - 1)) * -0x40A7B892E31B1A47  # the shifts are logical: the sign must not fill in
-    x = (x ^ (x >> 27 & 2**37 - 1)) * -0x6B2FB644ECCEEE15
-    return x ^ (x >> 31 & 2**33 - 1)
-
-
-def keys(seed, samples, device):
-    """(B,) int64, one for each of the B integers `samples`: a hash of (seed, sample)."""
-    samples = torch.as_tensor(list(samples), dtype=torch.long).to(device)
-    return mix(mix(samples + GOLDEN) ^ mix(torch.full_like(samples, seed)))
-
-
-def uniforms(key, place, n):
-    """(B, n) float32 in (0, 1): number k of row j is a hash of (key[j], place, k), key (B,) int64.
-
-    A counter-based generator needs no state and no host: SplitMix64, started at a hash of (key, place)."""
-    state = mix(key + place)[:, None] + GOLDEN * torch.arange(1, n + 1, device=key.device)
-    return ((mix(state) >> 41 & 2**23 - 1).float() + 0.5) / 2**23
-
-
 def draw_mask(r, noise):
-    """MaskGIT's training mask: r (B,), noise (B, N), uniform in [0, 1) -> (B, N) bool, True where masked.
+    """MaskGIT's training mask: r (B,), noise (B, N), uniform in [0, 1) -> (B, N) bool.
 
-    The paper: "a random mask". MaskGIT masks the ratio cos(pi r / 2), at least one. We round its product with
-    N up, so that "all masked", where sampling begins, is seen in training. The lowest noise is masked.
-    """
+    Paper: "a random mask". MaskGIT masks the ratio cos(pi r / 2), at least one. We round its
+    product with N up, so that "all masked", where sampling begins, is seen in training."""
     count = (noise.shape[1] * torch.cos(math.pi / 2 * r)).ceil().clamp(min=1)  # (B,)
     return noise.argsort(dim=-1, stable=True).argsort(-1) < count[:, None]
 
 
-def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw from softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...) in [0, K).
+def gumbel(like):
+    """Gumbel noise: the largest of logits + noise is a draw from the logits' softmax."""
+    u = torch.rand_like(like).clamp(min=1e-20)
+    return -torch.log(-torch.log(u))
 
-    u (..., K), uniform in (0, 1): the largest logit plus Gumbel noise is a draw from the softmax (Gumbel-max). An error
-    of 1e-6 in the logits changes it in one of a million draws, not in all whose border it moves."""
+
+def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Draw from softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...)."""
     logits = logits.float() / temperature
     if top_k or top_p < 1:
         p, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -284,36 +252,32 @@ def sample(logits, u, temperature=1.0, top_k=0, top_p=1.0):
             p[..., top_k:] = 0
         above = p.cumsum(-1) - p  # what the more probable codes hold; 0 for the first, which stays
         p = p.masked_fill(above >= top_p * p.sum(-1, keepdim=True), 0)
-        logits = logits.masked_fill(torch.zeros_like(p).scatter(-1, order, p) == 0, -torch.inf)
-    return (logits + gumbel(u)).argmax(-1)
+        out = torch.zeros_like(p).scatter(-1, order, p) == 0
+        logits = logits.masked_fill(out, -torch.inf)
+    return (logits + gumbel(logits)).argmax(-1)
 
 
-def gumbel(u):
-    return -torch.log(-torch.log(u))
-
-
-def maskgit(tokens, logits_fn, noise, T, mask_id, temperature=1.0, choice_temperature=0.45):
+def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0.45):
     """MaskGIT's parallel decoding in T steps: fills the masked tokens, keeps the known ones.
 
-    tokens (B, N) int64, `mask_id` where unknown; logits_fn maps such tokens to logits (B, N, K); noise(place, n) gives
-    (B, n) uniform in (0, 1), others for each place. Returns (B, N) int64 in [0, K).
+    tokens (B, N) int64, `mask_id` where unknown; logits_fn: such tokens -> logits (B, N, K).
+    Returns (B, N) int64 in [0, K).
 
-    A step draws every unknown code, then masks the least confident ones again: n cos(pi/2 (t+1)/T) of the n
-    unknown at the start. Confidence is log p plus Gumbel noise, scaled by `choice_temperature` falling to 0.
-    Table 10 has one "sampling temperature" (0.45). We take it for the choice temperature, which MaskGIT tunes
-    (to 4.5), and leave `temperature`, on the logits, at 1: sweep both before quoting a number.
-    """
-    N, n = tokens.shape[1], (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
+    A step draws every unknown code, then masks the least confident ones again: of n unknown at the
+    start n cos(pi/2 (t+1)/T). Confidence is log p plus Gumbel noise, scaled by
+    `choice_temperature` falling to 0. Table 10 has one "sampling temperature" (0.45). We take it
+    for the choice temperature, which MaskGIT tunes (to 4.5), and leave `temperature`, on the
+    logits, at 1: sweep both before quoting a number."""
+    n = (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
     for t in range(T):
         unknown = tokens == mask_id
-        logits = logits_fn(tokens).float() / temperature
-        u = noise(t, N * logits.shape[-1]).view_as(logits)  # (B, N, K)
-        ids = torch.where(unknown, sample(logits, u), tokens)
+        logits = logits_fn(tokens).float()
+        ids = torch.where(unknown, sample(logits, temperature), tokens)
         if t == T - 1:
             return ids  # before masking again: the schedule never masks fewer than one
         ratio = (t + 1) / T
-        log_p = logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-        confidence = log_p + choice_temperature * (1 - ratio) * gumbel(noise(T + t, N))
+        log_p = (logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+        confidence = log_p + choice_temperature * (1 - ratio) * gumbel(log_p)
         confidence = confidence.masked_fill(~unknown, torch.inf)
         length = (n * math.cos(math.pi / 2 * ratio)).floor()
         length = torch.minimum(length, unknown.sum(-1, keepdim=True) - 1).clamp(min=1)
@@ -321,11 +285,28 @@ def maskgit(tokens, logits_fn, noise, T, mask_id, temperature=1.0, choice_temper
         tokens = ids.masked_fill(lowest & unknown, mask_id)
 
 
+def load_prior(path, device="cpu"):
+    """A checkpoint of train_prior.py -> the model in eval mode, and the whole checkpoint."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["component"] != "prior":
+            raise ValueError(f"it holds a {state['component']}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SystemExit(f"{path} is no checkpoint of train_prior.py ({reason})") from error
+    model = Transformer(**state["config"])
+    model.load_state_dict(state["model"])
+    # Not frozen: autocast keeps its bf16 copies only of weights that take gradients.
+    return model.eval().to(device), state
+
+
 if __name__ == "__main__":
     print("model                 parameters   paper    differs by")
     for size, classes, paper in [("base", 1000, 172e6), ("large", 1000, 305e6), ("base", 0, 171e6)]:
         for kind in ("ar", "nar"):
             with torch.device("meta"):
-                count = sum(p.numel() for p in Transformer(kind, size, classes=classes).parameters())
+                model = Transformer(kind, size, classes=classes)
+            ours = sum(p.numel() for p in model.parameters())
             name = f"{kind.upper()} {size}" + ("" if classes else ", no classes")
-            print(f"{name:21} {count / 1e6:9.2f}M  {paper / 1e6:5.0f}M  {100 * (count / paper - 1):+9.2f} %")
+            percent = 100 * (ours / paper - 1)
+            print(f"{name:21} {ours / 1e6:9.2f}M  {paper / 1e6:5.0f}M  {percent:+9.2f} %")

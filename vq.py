@@ -1,14 +1,14 @@
 """The tokenizer: encoder E, codebook Z, decoder G (Secs. 3.1.1 and 3.4, Table 7).
 
     model = VQModel()                            # the paper's phase 1; attention=1 is its phase 2
-    x_hat, indices, losses = model(x)            # x (B, 3, 256, 256) in [-1, 1], indices (B, 16, 16)
+    x_hat, indices, terms = model(x)             # x (B, 3, 256, 256), indices (B, 16, 16)
     x_hat = model.decode_indices(indices)        # what a prior's codes become
 
     python vq.py        # every level, and the parameter counts beside the paper's
 
-Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f. Nothing here depends on files
-or devices.
+Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f.
 """
+import hashlib
 import math
 
 import torch
@@ -16,16 +16,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ------------------------------------------------------------------------------------------ building blocks
+# ---------------------------------------------------------------------------- building blocks
 
 def norm(channels):
-    """GroupNorm with 32 groups (the paper's widths), or as many as leave four channels in each and divide the width."""
-    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    """GroupNorm with 32 groups; in narrow layers (ours, for a CPU) four channels a group."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """GN-Swish-Conv-GN-Swish-Conv, plus the block's input (through a 1x1 convolution if the channels change)."""
+    """GN-Swish-Conv-GN-Swish-Conv plus its input (by a 1x1 convolution if the channels change)."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -36,13 +35,14 @@ class ResBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h  # the input itself, not its norm: a well-known VQGAN port has that bug
+        return self.shortcut(x) + h  # the input itself, not its norm: one VQGAN port has that bug
 
 
 def block_side(h, w):
-    """Side p of the attention blocks at a feature map of h x w: 4, 8, 8, 16, 16 at 16, 32, 64, 128, 256 (HiT has 4 at
-    16, 8 at 32 and 64), so that blocks and positions within a block stay about equally many. Where p does not divide
-    the map it is halved until it does; p = 1 leaves the dilated attention to look at the whole map."""
+    """Side p of the attention blocks: 4, 8, 8, 16, 16 at 16, 32, 64, 128, 256.
+
+    HiT has 4 at 16, 8 at 32 and 64. We go on so that there are about as many blocks as positions
+    in a block. Where p does not divide the map it is halved until it does."""
     p = 2 ** math.ceil(math.log2(min(h, w)) / 2)
     while h % p or w % p:
         p //= 2
@@ -50,9 +50,9 @@ def block_side(h, w):
 
 
 class BlockAttention(nn.Module):
-    """Multi-head self-attention within p x p blocks, or (dilated) over all blocks at one offset; HiT [66].
+    """Self-attention within p x p blocks, or (dilated) over all blocks at one offset; HiT [66].
 
-    The paper gives neither heads nor initialisation: heads of 64 channels (32 at 128), and an output projection that
+    Paper: silent on heads and start. Heads have 64 channels (32 at 128). The output projection
     starts at zero, so that phase 2 begins exactly at phase 1's reconstructions."""
 
     def __init__(self, c, dilated):
@@ -67,12 +67,13 @@ class BlockAttention(nn.Module):
         b, c, h, w = x.shape
         p = block_side(h, w)
         t = self.norm(x).reshape(b, c, h // p, p, w // p, p)
-        # dims: 0 batch, 1 channel, 2 and 4 which block, 3 and 5 where inside it. Attended positions go last but one.
+        # dims: 0 batch, 1 channel, 2 and 4 which block, 3 and 5 where inside it
         order = (0, 3, 5, 2, 4, 1) if self.dilated else (0, 2, 4, 3, 5, 1)
         t = t.permute(order)
-        shape = t.shape  # (b, 2 dims of groups, 2 dims of positions, c)
-        t = t.reshape(shape[0] * shape[1] * shape[2], shape[3] * shape[4], c)  # (groups, positions, c)
-        q, k, v = self.qkv(t).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (groups, heads, pos, c/heads)
+        shape = t.shape  # (B, 2 dims of groups, 2 dims of positions, C)
+        t = t.reshape(shape[0] * shape[1] * shape[2], shape[3] * shape[4], c)
+        qkv = self.qkv(t).unflatten(-1, (3, self.heads, -1))  # (groups, positions, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (groups, heads, positions, d)
         t = F.scaled_dot_product_attention(q, k, v)
         t = self.out(t.transpose(1, 2).flatten(2)).reshape(shape)
         back = [order.index(d) for d in range(6)]
@@ -81,21 +82,24 @@ class BlockAttention(nn.Module):
 
 class Up(nn.Sequential):
     def __init__(self, c):
-        super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(c, c, 3, padding=1))
+        up = nn.Upsample(scale_factor=2, mode="nearest")
+        super().__init__(up, nn.Conv2d(c, c, 3, padding=1))
 
 
-# ---------------------------------------------------------------------------------------- encoder, decoder
+# --------------------------------------------------------------------------- encoder, decoder
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> z_hat (B, n_z, H/f, W/f), f = 2^(levels - 1).
 
-    Paper: Table 7 and the parameter counts disagree. This layout (two blocks a level, the first one changes the
-    channels; two more at the last level; average pooling; one 1x1 quant_conv) gives the counts: see `python vq.py`."""
+    Paper: Table 7 and the parameter counts disagree. This layout gives the counts (`python vq.py`):
+    two blocks a level, the first changes the channels; two more at the last level; average pooling;
+    one 1x1 quant_conv."""
 
     def __init__(self, channels, z_dim):
         super().__init__()
-        self.stem = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.levels, c = nn.ModuleList(), channels[0]
+        c = channels[0]
+        self.stem = nn.Conv2d(3, c, 3, padding=1)
+        self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
             blocks = 4 if i == len(channels) - 1 else 2
             level = [nn.AvgPool2d(2)] if i else []
@@ -108,15 +112,15 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         h = self.stem(x)  # (B, c_1, H, W)
-        for level in self.levels:
-            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)  # (B, c_i, H / 2^i, W / 2^i)
+        for level in self.levels:  # (B, c_i, H / 2^i, W / 2^i)
+            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)
         return self.quant_conv(self.head(h))
 
 
 class Decoder(nn.Module):
     """z_q (B, n_z, h, w) -> x_hat (B, 3, h f, w f).
 
-    attention: pairs of block and dilated attention at the end of each level: 1 in phase 2, 2 in Table 1's variant.
+    attention: pairs of block and dilated attention that end each level: 1 in phase 2, 2 in Table 1.
     extra_blocks: residual blocks added to each level: 2 in Table 1's Conv x2."""
 
     def __init__(self, channels, z_dim, attention=0, extra_blocks=0):
@@ -128,7 +132,8 @@ class Decoder(nn.Module):
             blocks = (4 if i == 0 else 2) + extra_blocks
             level = [Up(c)] if i else []
             level += [ResBlock(c if j == 0 else width, width) for j in range(blocks)]
-            level += [BlockAttention(width, dilated) for _ in range(attention) for dilated in (False, True)]
+            for _ in range(attention):
+                level += [BlockAttention(width, dilated=False), BlockAttention(width, dilated=True)]
             self.levels.append(nn.Sequential(*level))
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
@@ -136,31 +141,31 @@ class Decoder(nn.Module):
 
     def forward(self, z_q):
         h = self.stem(z_q)  # (B, c_last, h, w)
-        for level in self.levels:
-            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)  # (B, c_i, h 2^i, w 2^i)
+        for level in self.levels:  # (B, c_i, h 2^i, w 2^i)
+            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)
         return self.head(h)
 
 
-# ----------------------------------------------------------------------------------------------- quantizer
+# ---------------------------------------------------------------------------------- quantizer
 
 class Quantizer(nn.Module):
-    """Nearest code per position (Eq. 1), the last two terms of Eq. 2, and Sec. 3.4's entropy term.
+    """Nearest code (Eq. 1), the last two terms of Eq. 2, Sec. 3.4's entropy term. Always fp32.
 
-    The contract, which any module that stands in for this one keeps (codebooks.py has Table 5's three):
-        constructor        (K, z_dim, beta, gamma); what decides the codes are Parameters, which phase 2 freezes
-        K                  number of codes
-        nearest(z)         (N, dim) -> indices (N,) int64
+    Any module that stands in for this one has
+        constructor        (codebook_size, z_dim, beta, gamma); the first is an attribute, too
         embed(indices)     (B, h, w) -> z_q (B, n_z, h, w)
-        forward(z_hat)     (B, n_z, h, w) -> z_q, indices, losses; `losses` are scalars, and losses["vq"] is their
-                           weighted sum, which a training script adds to its loss; the others are logged
-    All of it runs in fp32, whatever the autocast."""
+        forward(z_hat)     (B, n_z, h, w) -> z_q, indices (B, h, w), terms: a dict of scalars, of
+                           which terms["vq"] is added to the tokenizer's loss, the others are logged
+    and keeps what decides the codes in Parameters, which phase 2 freezes."""
 
-    def __init__(self, K, z_dim, beta=0.25, gamma=0.01):
+    def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.01):
         super().__init__()
-        self.K, self.beta, self.gamma = K, beta, gamma
-        self.mean = lambda usage: usage  # a training script on several processes puts their mean here, with gradient
-        # Paper: silent on the start of the codebook. VQGAN's U(-1/K, 1/K); no warm-up, no K-means start.
-        self.codebook = nn.Parameter(torch.empty(K, z_dim).uniform_(-1 / K, 1 / K))
+        self.codebook_size, self.beta, self.gamma = codebook_size, beta, gamma
+        # A script on several processes puts the mean over all of them here, with gradient.
+        self.mean = lambda usage: usage
+        # Paper: silent on the codebook's start. VQGAN's: no warm-up, no K-means.
+        start = torch.empty(codebook_size, z_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+        self.codebook = nn.Parameter(start)
 
     def codes(self):
         """Z: (K, dim) fp32."""
@@ -169,22 +174,18 @@ class Quantizer(nn.Module):
     def distances(self, z):
         """Squared L2 distances (N, K) of z (N, dim) to all codes, by a matrix product.
 
-        Expanding |z|^2 - 2 z.c + |c|^2 loses digits where all vectors share a large mean, so the mean is taken off."""
+        |z|^2 - 2 z.c + |c|^2 loses digits where all vectors share a large mean: it is taken off."""
         codes = self.codes()
         mean = codes.detach().mean(0)
         z, codes = z - mean, codes - mean
         return z.square().sum(1, keepdim=True) - 2 * z @ codes.T + codes.square().sum(1)
 
-    def nearest(self, z):
-        with torch.autocast(z.device.type, enabled=False):
-            return self.distances(z.float()).argmin(1)
-
     def embed(self, indices):
         return F.embedding(indices, self.codes()).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
-        """-> z_q with straight-through gradient, indices, and the terms codebook, commitment, H (entropy of the soft
-        usage, nats) and vq."""
+        """-> z_q with straight-through gradient, indices, and the terms codebook, commitment,
+        H (entropy of the soft usage, nats) and vq, their weighted sum."""
         with torch.autocast(z_hat.device.type, enabled=False):
             z = z_hat.float().permute(0, 2, 3, 1)  # (B, h, w, n_z)
             shape = z.shape
@@ -192,48 +193,49 @@ class Quantizer(nn.Module):
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
             z_q = F.embedding(indices, self.codes())
-            # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT. beta is on the commitment term, as printed.
-            losses = {"codebook": F.mse_loss(z_q, z.detach()), "commitment": F.mse_loss(z, z_q.detach())}
-            # Sec. 3.4. Paper: "L2 distance" and "penalising" H. We take the squared distance (the plain one stays flat
-            # and fills nothing) and maximise H: minimising it would collapse the usage it should smooth.
-            # The mean runs over all positions of the global batch: 256 of one image can't use 1,024 codes.
+            # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT.
+            codebook = F.mse_loss(z_q, z.detach())
+            commitment = F.mse_loss(z, z_q.detach())
+            # Sec. 3.4. Paper: "L2 distance" and "penalising" H. We take the squared distance (the
+            # plain one stays flat and fills nothing) and maximise H: minimising it would collapse
+            # the usage that it should smooth. The mean runs over all positions of the global
+            # batch: the 256 of one image can't use 1,024 codes.
             usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
             usage = self.mean(usage) if self.training else usage
-            losses["H"] = -(usage * (usage + 1e-10).log()).sum()
-            losses["vq"] = losses["codebook"] + self.beta * losses["commitment"]
-            losses["vq"] = losses["vq"] + self.gamma * (math.log(self.K) - losses["H"])
-            z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z as it is
-            return z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3]), losses
+            H = -(usage * (usage + 1e-10).log()).sum()
+            vq = codebook + self.beta * commitment  # beta on the commitment term, as printed
+            vq = vq + self.gamma * (math.log(self.codebook_size) - H)
+            z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
+            z_q, indices = z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3])
+            return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq}
 
 
 def usage_and_perplexity(histogram):
-    """Counts (K,) of codes over a validation set -> share of codes hit at least once, exp of the entropy (in codes),
-    and the entropy itself in nats."""
+    """Counts (K,) of codes over a validation set -> share of codes hit at least once, exp of the
+    entropy (in codes), and the entropy itself in nats."""
     p = histogram.cpu().double() / histogram.sum().cpu()
     H = -(p * p.clamp(min=1e-12).log()).sum()
     return (histogram > 0).double().mean().item(), H.exp().item(), H.item()
 
 
-# --------------------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------ the tokenizer
 
 class VQModel(nn.Module):
     """The whole tokenizer. The defaults are the paper's phase 1; phase 2 has attention=1.
 
-    channels: one width per level, multiples of 16; each level halves the image, f = 2^(levels - 1).
-    attention, extra_blocks: see Decoder. quantizer: a class that keeps Quantizer's contract, called as Quantizer is."""
+    channels: a width per level, multiples of 16, above 128 of 64; f = 2^(levels - 1).
+    quantizer: a name in QUANTIZERS. attention, extra_blocks: see Decoder."""
 
-    def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, codebook_size=1024, attention=0, extra_blocks=0,
-                 beta=0.25, gamma=0.01, quantizer=Quantizer):
+    def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, quantizer="vq",
+                 codebook_size=1024, beta=0.25, gamma=0.01, attention=0, extra_blocks=0):
         super().__init__()
-        if any(c % 16 for c in channels):
-            raise ValueError(f"channels {channels}: each width must be a multiple of 16 (group norm and heads)")
         self.f = 2 ** (len(channels) - 1)
         self.encoder = Encoder(channels, z_dim)
-        self.quantizer = quantizer(codebook_size, z_dim, beta, gamma)
+        self.quantizer = QUANTIZERS[quantizer](codebook_size, z_dim, beta, gamma)
         self.decoder = Decoder(channels, z_dim, attention, extra_blocks)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the quantizer's losses."""
+        """x (B, 3, H, W) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the terms."""
         return self.quantizer(self.encoder(x))
 
     def decode(self, z_q):
@@ -245,11 +247,112 @@ class VQModel(nn.Module):
         return self.decode(self.quantizer.embed(indices))
 
     def forward(self, x):
-        z_q, indices, losses = self.encode(x)
-        return self.decode(z_q), indices, losses
+        z_q, indices, terms = self.encode(x)
+        return self.decode(z_q), indices, terms
 
 
-def count(module):
+def load_tokenizer(path, device="cpu"):
+    """A checkpoint of train_tokenizer.py -> the model, frozen and in eval mode, and the whole
+    checkpoint, whose "args" are the flags it was trained with."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["component"] != "tokenizer":
+            raise ValueError(f"it holds a {state['component']}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SystemExit(f"{path} is no checkpoint of train_tokenizer.py ({reason})") from error
+    model = VQModel(**state["config"])
+    model.load_state_dict(state["model"])
+    model.requires_grad_(False).eval()
+    return model.to(device, memory_format=torch.channels_last), state
+
+
+def fingerprint(model):
+    """A hash of all that decides an image's codes: encoder and codebook. Phase 2 keeps it."""
+    digest = hashlib.sha256()
+    for part in (model.encoder, model.quantizer):
+        for name, p in sorted(part.named_parameters()):
+            digest.update(name.encode() + p.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- Table 5's other quantizers
+
+class KMeans(Quantizer):
+    """K-means of the newest 16,384 encoder outputs (a batch of 64 has as many) replaces the
+    codebook every 2,000 forward passes, until the 30,000th. All processes see all rows, the only
+    random draw is seeded by the pass, and the sums run on the CPU: so all get the same codebook."""
+
+    ROWS, EVERY, UNTIL = 16_384, 2_000, 30_000
+
+    def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0):
+        super().__init__(codebook_size, z_dim, beta, gamma)
+        self.gather = lambda rows: rows  # a script puts the concatenation over processes here
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, z_hat):
+        if self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
+            now = int(self.passes)
+            self.passes += 1
+            if now % self.EVERY == 0 and now <= self.UNTIL:
+                z = self.gather(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
+                if z.isfinite().all(1).any():
+                    centres = kmeans(z[-self.ROWS:], self.codebook_size, seed=now)
+                    self.codebook.data.copy_(centres)
+        return super().forward(z_hat)
+
+
+def kmeans(points, K, seed, rounds=10):
+    """Lloyd's algorithm on the CPU: points (N, dim) -> centres (K, dim). A centre without points
+    is put on a random one."""
+    points = points[points.isfinite().all(1)].cpu()  # a bad step must not decide
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(n):
+        return points[torch.randint(len(points), (n,), generator=generator)]
+
+    centres = points[torch.randperm(len(points), generator=generator)[:K]]
+    if len(centres) < K:
+        centres = torch.cat([centres, pick(K - len(centres))])
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=K)
+        centres = sums / counts.clamp(min=1)[:, None]
+        empty = counts == 0
+        centres[empty] = pick(int(empty.sum()))
+    return centres
+
+
+class Factorized(Quantizer):
+    """ViT-VQGAN's: codes and features of 32 dimensions on the unit sphere, z_q projected back."""
+
+    def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0, dim=32):
+        down, up = nn.Linear(z_dim, dim), nn.Linear(dim, z_dim)
+        super().__init__(codebook_size, dim, beta, gamma)
+        self.down, self.up = down, up
+        nn.init.normal_(self.codebook, std=dim ** -0.5)  # a uniform direction on the sphere
+
+    def codes(self):
+        return F.normalize(self.codebook.float(), dim=1)
+
+    def embed(self, indices):
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.up(F.embedding(indices, self.codes())).permute(0, 3, 1, 2)
+
+    def forward(self, z_hat):
+        with torch.autocast(z_hat.device.type, enabled=False):
+            z = F.normalize(self.down(z_hat.float().permute(0, 2, 3, 1)), dim=-1)  # (B, h, w, 32)
+            z_q, indices, terms = super().forward(z.permute(0, 3, 1, 2))
+            return self.up(z_q.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), indices, terms
+
+
+QUANTIZERS = {"vq": Quantizer, "kmeans": KMeans, "factorized": Factorized}  # --quantizer
+
+
+# ---------------------------------------------------------------------- the parameter counts
+
+def millions(module):
     """Number of parameters in millions."""
     return sum(p.numel() for p in module.parameters()) / 1e6
 
@@ -257,24 +360,16 @@ def count(module):
 def main():
     with torch.device("meta"):
         model = VQModel(attention=1)
-        print("level               resolution  channels  blocks  params (M)")
-        for name, part, sizes in (("encoder", model.encoder, (256, 128, 64, 32, 16)),
-                                  ("decoder", model.decoder, (16, 32, 64, 128, 256))):
-            print(f"{name} stem {count(part.stem):45.3f}")
-            for i, (level, size) in enumerate(zip(part.levels, sizes)):
-                blocks = [b for b in level if isinstance(b, ResBlock)]
-                p = f", attention p={block_side(size, size)}" if name == "decoder" else ""
-                print(f"{name} level {i + 1}  {f'{size} x {size}':>14}  {blocks[-1].conv2.out_channels:>8}  "
-                      f"{len(blocks):>6}  {count(level):>10.3f}{p}")
-            print(f"{name} head {count(part.head):45.3f}")
-        print(f"quant_conv   {count(model.encoder.quant_conv):44.3f}")
-        print(f"codebook     {count(model.quantizer):44.3f}   (1024 codes of 256)")
-        print("\nmodel                      ours (M)  paper (M)")
+        for name, levels in (("encoder", model.encoder.levels), ("decoder", model.decoder.levels)):
+            for i, level in enumerate(levels):
+                size = 256 >> i if name == "encoder" else 16 << i
+                print(f"{name} at {size:3} x {size:3} {millions(level):12.3f}M")
+        print("\nmodel                        ours   paper")
         for name, options, paper in (("phase 1 (baselineVQ)", {}, 54.5),
                                      ("phase 2 (B&D attention)", dict(attention=1), 57.9),
                                      ("+Attention x2 (Table 1)", dict(attention=2), 61.4),
                                      ("+Conv x2 (Table 1)", dict(extra_blocks=2), 70.0)):
-            print(f"{name:25} {count(VQModel(**options)):9.2f} {paper:9.1f}")
+            print(f"{name:25} {millions(VQModel(**options)):6.2f}M {paper:6.1f}M")
 
 
 if __name__ == "__main__":

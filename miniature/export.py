@@ -1,12 +1,10 @@
-"""Small weights to draw with, from one alpha of a run of demo.sh: no optimizers, no discriminator, half precision.
+"""Small weights to draw with, from one alpha of a run of demo.sh, in half precision.
 
-    bash miniature/demo.sh
-    python miniature/export.py demo/alpha1                  # tokenizer.pt, ar.pt, nar.pt in miniature/weights
-    python sample.py --prior miniature/weights/ar.pt --tokenizer miniature/weights/tokenizer.pt
+    python miniature/export.py demo/alpha1     # tokenizer.pt, ar.pt, nar.pt in miniature/weights
 
-The tokenizer is phase 2's. Its fingerprint is that of the rounded weights, and the priors are given it.
+The tokenizer is phase 2's. Its fingerprint is that of the rounded weights, and the priors get it.
 """
-import hashlib
+import argparse
 import sys
 from pathlib import Path
 
@@ -14,34 +12,33 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-import runtime  # noqa: E402
-from sample import load_pair  # noqa: E402
-from train_tokenizer import fingerprint, load_tokenizer  # noqa: E402
+import vq  # noqa: E402
+from losses import sha256  # noqa: E402
 
-PATHS = {"out", "init", "vgg", "tokenizer", "codes"}  # flags that name files of the run: nobody else has them
+KEPT = ("component", "step", "torch", "config", "grid", "classes", "tokenizer")
+PATHS = ("out", "init", "vgg", "tokenizer", "codes")  # flags that name files nobody else has
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", help="folder of one alpha")
     parser.add_argument("--out", default="miniature/weights", help="where the weights go")
     args = parser.parse_args()
-    run, out, sums = Path(args.run), Path(args.out), ""
-    files = {"tokenizer": run / "phase2" / "ckpt.pt", "ar": run / "ar" / "best.pt", "nar": run / "nar" / "best.pt"}
+    out, sums = Path(args.out), ""
+    files = {"tokenizer": "phase2/ckpt.pt", "ar": "ar/best.pt", "nar": "nar/best.pt"}
     for name, path in files.items():
+        state = torch.load(Path(args.run) / path, map_location="cpu", weights_only=True)
+        flags = {flag: value for flag, value in state["args"].items() if flag not in PATHS}
+        weights = {key: value.half() for key, value in state["model"].items()}
+        small = {key: state[key] for key in KEPT if key in state}
+        small |= {"args": flags, "model": weights}
         if name != "tokenizer":
-            load_pair(path, files["tokenizer"], "cpu")  # refuses what does not belong together
-        state = runtime.load_file(path)
-        state = {key: state[key] for key in state if key not in ("optimizer", "opt_g", "opt_d", "disc", "ema")}
-        state |= {"model": {key: value.half() for key, value in state["model"].items()}, "ema": None, "disc": None}
-        state["args"] = {flag: value for flag, value in state["args"].items() if flag not in PATHS}
-        if name != "tokenizer":
-            state["tokenizer"] = fingerprint(load_tokenizer(out / "tokenizer.pt"))
-        runtime.save_file(out / f"{name}.pt", lambda file, state=state: torch.save(state, file))
-        sums += f"{hashlib.sha256((out / f'{name}.pt').read_bytes()).hexdigest()}  {name}.pt\n"
-    runtime.save_file(out / "SHA256SUMS", lambda file: file.write(sums.encode()))
+            small["tokenizer"] = vq.fingerprint(vq.load_tokenizer(out / "tokenizer.pt")[0])
+        torch.save(small, out / f"{name}.pt")
+        sums += f"{sha256(out / f'{name}.pt')}  {name}.pt\n"
+    (out / "SHA256SUMS").write_text(sums)
     print(sums, end="")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    main()

@@ -1,13 +1,14 @@
-"""Tables and pictures of a set of runs: the paper's claims beside what was measured.
+"""Tables and pictures of runs of demo.sh: the paper's claims beside what was measured.
 
-    python miniature/figures.py demo                                  # what demo.sh left: one seed decides nothing
-    python miniature/figures.py demo demo1 demo2 --out docs           # several seeds: mean, spread and a verdict
-    python miniature/figures.py --ablations ablations --out docs      # Tables 1, 5 and 6 in miniature (ablations.sh)
+    python miniature/figures.py demo                               # one seed decides nothing
+    python miniature/figures.py demo0 demo1 demo2 --out docs       # mean, spread and a verdict
+    python miniature/figures.py --ablations ablations              # Tables 1, 5 and 6 in miniature
 
-A run is a folder as demo.sh leaves it: classifier/ (the evaluation classifier, a network of train_vgg.py), and for each
-alpha a folder alpha0, alpha1, ... with phase1/, phase2/, ar/, nar/ and the JSON files of fid.py. Pictures are made with
-PIL. The curves (Figs. 10 and 5b) need matplotlib and are left out without it; nothing else needs it.
+A run is a folder as demo.sh leaves it: vgg/ (the network of the loss), classifier/ (the independent
+one), and for each alpha a folder with phase1/, phase2/, ar/, ar_second/, nar/ and the JSON files of
+fid.py. The curves (Figs. 10 and 5b) need matplotlib and are left out without it.
 """
+import argparse
 import json
 import statistics
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -23,136 +23,130 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
-import sample  # noqa: E402
-from runtime import BadInput  # noqa: E402
-from train_tokenizer import fingerprint, load_tokenizer, load_vgg  # noqa: E402
+import vq  # noqa: E402
+from miniature.shapes import KINDS, Shapes  # noqa: E402
+from transformer import load_prior  # noqa: E402
 
+CPU = torch.device("cpu")
 HELD_OUT = 500  # pictures that reconstructions are measured on
-# A row of the first table: name, what it is, digits, and what the paper expects of it as alpha rises.
+# Name, what it is, digits, and what the paper expects of it as alpha rises.
 ROWS = [
-    ("l1", "L1 of reconstructions (images in [-1, 1])", 3, "higher"),
+    ("l1", "L1 of reconstructions", 3, "higher"),
     ("psnr", "PSNR, dB", 2, "lower"),
-    ("colour", "L1 of 4 x 4 block means: colour", 3, "higher"),
-    ("sem", "L_sem of reconstructions (Eq. 4), in the network of the loss", 3, "lower"),
-    ("relu5_3", "deep features of reconstructions, relative square error", 3, "lower"),
-    ("logit", "logits of reconstructions, relative square error", 3, "lower"),
+    ("sem", "L_sem of reconstructions, network of the loss", 3, "lower"),
+    ("sem_other", "L_sem of reconstructions, independent network", 3, "lower"),
+    ("parts", "parts of reconstructions told right, %", 1, "higher"),
     ("fd", "FD of reconstructions", 2, "lower"),
     ("usage", "codes used, %", 1, ""),
     ("H", "unigram entropy of the codes H, nats", 2, ""),
     ("ar_loss", "AR: validation loss, nats a code", 3, "lower"),
     ("nar_loss", "NAR: validation loss, nats a masked code", 3, "lower"),
-    ("ar_gain", "AR: gain over the unigram entropy, nats", 3, ""),
-    ("top1", "AR: teacher-forced top-1 accuracy, %", 1, ""),
-    ("ar_fd", "FD of AR samples", 2, "lower"),
+    ("gain", "AR: gain over the unigram entropy, nats", 3, "higher"),
+    ("top1", "AR: teacher-forced top-1 accuracy, %", 1, "higher"),
+    ("ar_fd", "FD of AR samples, mean of two priors", 2, "lower"),
+    ("ar_apart", "   the two priors differ by", 2, ""),
+    ("ratio", "   times FD of reconstructions", 1, ""),
     ("nar_fd", "FD of NAR samples", 2, "lower"),
-    ("ar_accuracy", "AR samples: classification accuracy, %", 1, "higher"),
-    ("nar_accuracy", "NAR samples: classification accuracy, %", 1, "higher"),
-    ("noise", "codes that change under noise of sigma 0.01, %", 1, ""),
+    ("ar_accuracy", "AR samples: body as asked for, %", 1, "higher"),
+    ("nar_accuracy", "NAR samples: body as asked for, %", 1, "higher"),
 ]
-# Of the second table: phase 1 (name) against phase 2 (name_2) of one alpha, and what the paper expects of phase 2.
+# Phase 1 (name) against phase 2 (name_2) of one alpha, and what the paper expects of phase 2.
 PHASES = [("l1", "L1 of reconstructions", 3, "lower"), ("psnr", "PSNR, dB", 2, "higher"),
-          ("colour", "colour", 3, "lower"), ("fd", "FD of reconstructions", 2, "lower"),
-          ("ar_fd", "FD of AR samples", 2, "lower"), ("nar_fd", "FD of NAR samples", 2, "lower")]
+          ("fd", "FD of reconstructions", 2, "lower"), ("ar_fd", "FD of AR samples", 2, "lower"),
+          ("nar_fd", "FD of NAR samples", 2, "lower")]
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------- measuring
 
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} can't be read ({error}): let demo.sh finish, then run this again") from None
+def read(path):
+    return json.loads(Path(path).read_text())
 
 
 def validation(run):
     """The "val" lines of a run's metrics.jsonl."""
-    lines = [line for line in runtime.read_metrics(Path(run) / "metrics.jsonl") if line["split"] == "val"]
-    if not lines:
-        raise BadInput(f"{run}/metrics.jsonl holds no validation: let demo.sh finish, then run this again")
-    return lines
+    lines = runtime.read_metrics(Path(run) / "metrics.jsonl")
+    return [line for line in lines if line["split"] == "val"]
 
 
 def lowest(run):
-    """The validation line of a prior's run with the lowest loss: that of best.pt."""
+    """The validation line with the lowest loss of a prior's run: that of best.pt."""
     return min(validation(run), key=lambda line: line["loss"])
 
 
 def alphas(run):
     """{alpha: folder} of a run, in rising order."""
-    found = {float(p.name.removeprefix("alpha")): p for p in Path(run).glob("alpha[0-9]*") if p.is_dir()}
-    if not found:
-        raise BadInput(f"{run} holds no folders alpha0, alpha1, ...: give a folder that demo.sh made")
-    return dict(sorted(found.items()))
+    return dict(sorted((float(p.name[5:]), p) for p in Path(run).glob("alpha[0-9]*")))
+
+
+def held_out(size, count):
+    """Held-out pictures (count, 3, S, S) in [-1, 1], their labels, and the kinds of their parts."""
+    source = Shapes("val")
+    images = data.EvalImages(source, size)
+    x = data.to_float(torch.stack([images[i][0] for i in range(count)]), CPU)
+    parts = torch.tensor([source.parts(i) for i in range(count)])
+    return x, parts[:, 0], parts
 
 
 @torch.no_grad()
-def load(folder, n, device):
-    """Of one alpha: the tokenizers of both phases, n held-out pictures x (n, 3, S, S), their codes s (n, h, w), and the
-    AR prior's teacher-forced top-1 predictions of them (n, h, w)."""
-    prior, one, _ = sample.load_pair(folder / "ar" / "best.pt", folder / "phase1" / "ckpt.pt", device)
-    two = load_tokenizer(folder / "phase2" / "ckpt.pt", device)
-    x, labels, _ = sample.read_images("shapes", one.image_size, n, device)
-    s = one.encode(x)[1]
-    return one, two, x, s, prior(s.flatten(1), labels.to(device)).argmax(-1).view_as(s)
+def load(folder, count):
+    """Of one alpha: both phases' tokenizers, held-out pictures and their parts, their codes s, and
+    the AR prior's teacher-forced top-1 predictions of them."""
+    (one, saved), (two, _) = (vq.load_tokenizer(folder / phase / "ckpt.pt")
+                              for phase in ("phase1", "phase2"))
+    prior, _ = load_prior(folder / "ar" / "best.pt")
+    x, labels, parts = held_out(saved["args"]["image_size"], count)
+    s = one.encode(x)[1]  # (n, h, w)
+    return one, two, x, parts, s, prior(s.flatten(1), labels).argmax(-1).view_as(s)
 
 
 @torch.no_grad()
-def fidelity(tokenizer, classifier, x):
-    """How well a tokenizer keeps x (n, 3, S, S): pixels, colours, and the layers of a network that it was not trained
-    with, each relative to its mean square."""
-    x_hat = tokenizer(x)[0].clamp(-1, 1)
-    mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
-    ours, true = classifier(x_hat, losses.LAYERS), classifier(x, losses.LAYERS)
-    relative = {l: (F.mse_loss(ours[l], true[l]) / true[l].square().mean()).item() for l in losses.LAYERS}
-    return {"l1": (x_hat - x).abs().mean().item(), "psnr": (-10 * mse.log10()).mean().item(),
-            "colour": (F.avg_pool2d(x_hat, 4) - F.avg_pool2d(x, 4)).abs().mean().item(), **relative}
-
-
-@torch.no_grad()
-def measure(run, device):
+def measure(run):
     """{alpha: {name of a figure: value}} of one run. Names that end in _2 are of phase 2."""
-    classifier, figures = load_vgg(f"{run}/classifier/ckpt.pt").to(device), {}
-    semantics = losses.PerceptualLoss(load_vgg(f"{run}/vgg/ckpt.pt").to(device), alpha=1)
+    figures = {}
+    network, other = (losses.load_vgg(f"{run}/{name}/ckpt.pt") for name in ("vgg", "classifier"))
     for alpha, folder in alphas(run).items():
         print(f"measuring {folder}", flush=True)
-        one, two, x, s, top1 = load(folder, HELD_OUT, device)
-        values = {"noise": 100 * sample.changed_codes(one, x, 0.01, seed=0), "H": lowest(folder / "ar")["H"],
-                  "top1": 100 * (top1 == s).float().mean().item(), "same_codes": fingerprint(one) == fingerprint(two)}
-        values["sem"] = semantics(one(x)[0], x)[0].item()
+        one, two, x, parts, s, top1 = load(folder, HELD_OUT)
+        values = {"H": lowest(folder / "ar")["H"], "top1": 100 * (top1 == s).float().mean().item(),
+                  "same_codes": vq.fingerprint(one) == vq.fingerprint(two)}
+        x_hat = one.decode_indices(s)
+        values["sem"] = losses.PerceptualLoss(network, alpha=1)(x_hat, x)[0].item()
+        values["sem_other"] = losses.PerceptualLoss(other, alpha=1)(x_hat, x)[0].item()
+        told = [part.argmax(1) for part in other(x_hat, ("logit",))["logit"].split(KINDS, 1)]
+        values["parts"] = 100 * (torch.stack(told, 1) == parts).float().mean().item()
         for phase, end, tokenizer in ((1, "", one), (2, "_2", two)):
-            values |= {name + end: value for name, value in fidelity(tokenizer, classifier, x).items()}
-            found = read_json(folder / f"phase{phase}.json")
+            x_hat = tokenizer.decode_indices(s).clamp(-1, 1)
+            mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
+            values["l1" + end] = (x_hat - x).abs().mean().item()
+            values["psnr" + end] = (-10 * mse.log10()).mean().item()
+            found = read(folder / f"phase{phase}.json")
             values["fd" + end], values["usage" + end] = found["FD"], 100 * found["usage"]
-            for kind in ("ar", "nar"):
-                found = read_json(folder / f"{kind}{phase}.json")
-                values[f"{kind}_fd{end}"], values[f"{kind}_accuracy{end}"] = found["FD"], 100 * found["accuracy"]
-        values["ar_loss"], values["nar_loss"] = (lowest(folder / kind)["loss"] for kind in ("ar", "nar"))
-        values["ar_gain"] = values["H"] - values["ar_loss"]
+            a, b, nar = (read(folder / f"{prior}{phase}.json")
+                         for prior in ("ar", "ar_second", "nar"))
+            values["ar_fd" + end] = (a["FD"] + b["FD"]) / 2
+            values["ar_apart" + end] = abs(a["FD"] - b["FD"])
+            values["ar_accuracy" + end] = 50 * (a["accuracy"] + b["accuracy"])
+            values["nar_fd" + end], values["nar_accuracy" + end] = nar["FD"], 100 * nar["accuracy"]
+        values["ar_loss"], values["nar_loss"] = (lowest(folder / k)["loss"] for k in ("ar", "nar"))
+        values["gain"] = values["H"] - values["ar_loss"]
+        values["ratio"] = values["ar_fd"] / values["fd"]
         figures[alpha] = values
     return figures
 
 
-# --------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------- tables
 
-def common(runs):
-    """The alphas that all runs have, in rising order: `runs` is a list of what `measure` returns, a seed each."""
-    names = sorted(set.intersection(*map(set, runs)))
-    if not names:
-        raise BadInput("the runs have no alpha in common: give those of one DEMO_ALPHAS")
-    return names
-
-
-def spread(values, digits):
+def mean_and_spread(values, digits):
     """'0.101 ± 0.004': mean and standard deviation over the seeds; one seed has no spread."""
     text = f"{statistics.mean(values):.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def verdict(before, after, expected):
-    """What the seeds say of "`after` is higher (lower) than `before`": one figure of each seed in both lists.
+    """What the seeds say of "`after` is higher (lower) than `before`", a figure of each in both.
 
-    reproduced: so in every seed; opposite: the other way round in every seed; inconclusive: all else, and whatever
-    fewer than three seeds say."""
+    reproduced: so in every seed; opposite: the other way round in every seed; inconclusive: all
+    else, and whatever fewer than three seeds say."""
     if not expected:
         return ""
     rises = [b - a if expected == "higher" else a - b for a, b in zip(before, after)]
@@ -162,69 +156,87 @@ def verdict(before, after, expected):
 
 
 def tables(runs):
-    """The two tables as Markdown."""
-    names = common(runs)
+    """Both tables and the conditions as Markdown, of what `measure` found, a seed each."""
+    names = sorted(set.intersection(*map(set, runs)))
     low, high = names[0], names[-1]
-    get = lambda alpha, name: [figures[alpha][name] for figures in runs]  # noqa: E731
-    lines = [f"| {len(runs)} seed(s) | " + " | ".join(f"alpha {a:g}" for a in names) + " | paper expects | verdict |",
-             "|---|" + "---|" * (len(names) + 2)]
+
+    def get(alpha, name):
+        return [figures[alpha][name] for figures in runs]
+
+    lines = [f"| {len(runs)} seed(s) | " + " | ".join(f"alpha {a:g}" for a in names)
+             + " | paper expects | verdict |", "|---|" + "---|" * (len(names) + 2)]
     for name, text, digits, expected in ROWS:
-        columns = " | ".join(spread(get(a, name), digits) for a in names)
-        lines.append(f"| {text} | {columns} | {expected} | {verdict(get(low, name), get(high, name), expected)} |")
-    lines += ["",
-              "| phase 2: the decoder alone, with attention | alpha | phase 1 | phase 2 | paper expects | verdict |",
-              "|---" * 6 + "|"]
+        columns = " | ".join(mean_and_spread(get(a, name), digits) for a in names)
+        found = verdict(get(low, name), get(high, name), expected)
+        lines.append(f"| {text} | {columns} | {expected} | {found} |")
+    lines += ["", "| phase 2: the decoder alone | alpha | phase 1 | phase 2 | paper expects | "
+              "verdict |", "|---" * 6 + "|"]
     for name, text, digits, expected in PHASES:
-        for alpha, note, claim in ((high, "", expected), (low, " (control)", "")):  # the paper claims nothing of low
+        for alpha in (high, low):
             before, after = get(alpha, name), get(alpha, name + "_2")
-            lines.append(f"| {text} | {alpha:g}{note} | {spread(before, digits)} | {spread(after, digits)} | {claim} | "
-                         f"{verdict(before, after, expected)} |")
+            columns = " | ".join(mean_and_spread(values, digits) for values in (before, after))
+            claim = expected if alpha == high else "(control)"  # the paper claims nothing of low
+            found = verdict(before, after, expected)
+            lines.append(f"| {text} | {alpha:g} | {columns} | {claim} | {found} |")
     same = all(figures[a]["same_codes"] for figures in runs for a in names)
-    lines.append("| encoder and codebook | all | | "
-                 + ("bitwise unchanged | unchanged | reproduced |" if same else "CHANGED | unchanged | opposite |"))
+    lines += [f"| encoder and codebook | all | | {'bitwise unchanged' if same else 'CHANGED'} | "
+              f"unchanged | {'reproduced' if same else 'opposite'} |", ""]
+    for text, holds in (
+            ("L_sem lower at the highest alpha, in the network of the loss",
+             lambda f: f[high]["sem"] < f[low]["sem"]),
+            ("the same in the independent network",
+             lambda f: f[high]["sem_other"] < f[low]["sem_other"]),
+            ("FD of AR samples at least four times FD of reconstructions",
+             lambda f: min(f[low]["ratio"], f[high]["ratio"]) >= 4),
+            ("all codes used (99 %)", lambda f: min(f[low]["usage"], f[high]["usage"]) >= 99)):
+        lines.append(f"- condition: {text}: {sum(map(holds, runs))} of {len(runs)} seed(s)")
     return "\n".join(lines) + "\n"
 
 
-# Tables 1, 5 and 6: folder of ablations.sh -> row of the table, and the paper's rFID and FID of AR samples.
+# Tables 1, 5 and 6: folder of ablations.sh -> row, and the paper's rFID and FID of AR samples.
 ABLATIONS = {
     "Table 1": {"base": ("baseline", 3.45, 16.97), "conv": ("+Conv x2", 3.22, 17.19),
                 "attention": ("+Attention x2", 2.90, 17.42), "long": ("2x training", 3.28, 16.19)},
-    "Table 5": {"none": ("no regularisation", 4.07, 17.19), "factorized": ("factorized, L2-normed", 2.93, 24.91),
-                "kmeans": ("K-means", 3.54, 16.84), "entropy": ("entropy", 3.45, 16.97)},
-    "Table 6": {"base": ("low: five ReLU layers", 3.45, 16.97), "A": ("A: low + logit", 3.01, 15.19),
-                "B": ("B: A less relu1_2", 2.93, 14.47), "C": ("C: B less relu2_2", 2.81, 14.08),
-                "D": ("D: C less relu3_3", 2.62, 13.34), "sem": ("sem: relu5_3 + logit", 2.77, 12.07),
-                "E": ("E: logit alone", 4.65, 17.88)},
+    "Table 5": {"plain": ("no regularisation", 4.07, 17.19), "kmeans": ("K-means", 3.54, 16.84),
+                "factorized": ("factorized, L2-normed", 2.93, 24.91),
+                "entropy": ("entropy", 3.45, 16.97)},
+    "Table 6": {"base": ("low: five ReLU layers", 3.45, 16.97),
+                "A": ("A: low + logit", 3.01, 15.19), "B": ("B: A less relu1_2", 2.93, 14.47),
+                "C": ("C: B less relu2_2", 2.81, 14.08), "D": ("D: C less relu3_3", 2.62, 13.34),
+                "sem": ("sem: relu5_3 + logit", 2.77, 12.07), "E": ("E: logit alone", 4.65, 17.88)},
 }
 
 
 def ablation_tables(folder):
-    """Tables 1, 5 and 6 as Markdown, beside the paper's figures; rows that were not run are left out."""
+    """Tables 1, 5 and 6 as Markdown, beside the paper's figures; rows not run are left out."""
     lines = []
     for title, rows in ABLATIONS.items():
-        lines += [f"| {title} | L1 | FD of reconstructions | codes used, % | AR: validation loss (H) | "
+        lines += [f"| {title} | L1 | FD of reconstructions | codes used, % | AR loss (H) | "
                   "FD of AR samples | paper: rFID | paper: FID, AR |", "|---|" + "---|" * 7]
         for name, (text, rfid, fid) in rows.items():
             run = Path(folder) / name
             if (run / "ar1.json").exists():  # the last of a row's files
                 l1, best = validation(run / "phase1")[-1]["l1"], lowest(run / "ar")
-                rebuilt, samples = read_json(run / "phase1.json"), read_json(run / "ar1.json")
-                lines.append(f"| {text} | {l1:.3f} | {rebuilt['FD']:.2f} | {100 * rebuilt['usage']:.1f} | "
-                             f"{best['loss']:.2f} ({best['H']:.2f}) | {samples['FD']:.2f} | {rfid:.2f} | {fid:.2f} |")
+                rebuilt, drawn = read(run / "phase1.json"), read(run / "ar1.json")
+                lines.append(
+                    f"| {text} | {l1:.3f} | {rebuilt['FD']:.2f} | {100 * rebuilt['usage']:.1f} | "
+                    f"{best['loss']:.2f} ({best['H']:.2f}) | {drawn['FD']:.2f} | {rfid:.2f} | "
+                    f"{fid:.2f} |")
         lines.append("")
     return "\n".join(lines)
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------- pictures
 
 def sheet(path, rows, scale=3):
-    """One PNG of captioned rows: `rows` is a list of (caption, uint8 images (n, H, W, 3)) with equal n, H, W."""
+    """One PNG of captioned rows: a list of (caption, uint8 images (n, H, W, 3)), all alike."""
     n, h, w = rows[0][1].shape[:3]
-    side, gap, left = scale * h, 4, 200
+    side, gap, left = scale * h, 4, 170
     picture = Image.new("RGB", (left + n * (scale * w + gap), len(rows) * (side + gap)), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(15)
     for i, (caption, images) in enumerate(rows):
-        pen.text((left - 8, i * (side + gap) + side // 2), caption, "black", font, anchor="rm", align="right")
+        at = (left - 8, i * (side + gap) + side // 2)
+        pen.text(at, caption, "black", font, anchor="rm", align="right")
         for j, image in enumerate(images.repeat(scale, 1).repeat(scale, 2)):
             picture.paste(Image.fromarray(image), (left + j * (scale * w + gap), i * (side + gap)))
     runtime.save_file(path, lambda file: picture.save(file, "PNG", optimize=True))
@@ -233,26 +245,35 @@ def sheet(path, rows, scale=3):
 
 def pixels(images):
     """Float (n, 3, H, W) in [-1, 1] -> uint8 (n, H, W, 3)."""
-    return data.to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    return data.to_uint8(images).permute(0, 2, 3, 1).numpy()
 
 
-def reconstructions(folders, device, n=10):
-    """Rows for `sheet`, Figs. 5a and 11: inputs; for each alpha of `folders` (as `alphas` gives them) the
-    reconstruction, the AR prior's teacher-forced top-1 prediction, and the reconstruction of phase 2."""
-    rows = []
+def drawn(folder, name, count=10):
+    return np.load(folder / name / "samples.npz")["arr_0"][:count]
+
+
+@torch.no_grad()
+def pictures(folders, out):
+    """view.png (Figs. 5a and 11), method.png (README), samples.png and phases.png (Fig. 9)."""
+    view, method, some, phases = [], [], [], []
     for alpha, folder in folders.items():
-        one, two, x, s, top1 = load(folder, n, device)
-        rows = rows or [("input", pixels(x))]
-        rows += [(f"alpha {alpha:g}\n{text}", pixels(tokenizer.decode_indices(codes)))
-                 for text, tokenizer, codes in (("reconstruction", one, s), ("AR prediction", one, top1),
-                                                ("reconstruction, phase 2", two, s))]
-    return rows
-
-
-def samples(folders, names, n=10):
-    """Rows for `sheet`: each alpha's first n samples. `names` maps the folders of sample.py to captions."""
-    return [(f"alpha {alpha:g}\n{caption}", np.load(folder / name / "samples.npz")["arr_0"][:n])
-            for alpha, folder in folders.items() for name, caption in names.items()]
+        one, two, x, _, s, top1 = load(folder, 10)
+        rebuilt, predicted, fine = map(pixels, (one.decode_indices(s), one.decode_indices(top1),
+                                                two.decode_indices(s)))
+        view = view or [("input", pixels(x))]
+        method = method or [("input", pixels(x))]
+        view += [(f"alpha {alpha:g}\n{text}", images) for text, images in (
+            ("reconstruction", rebuilt), ("AR prediction", predicted), ("phase 2", fine))]
+        if alpha in (0, 1):
+            method.append((f"alpha {alpha:g}", rebuilt))
+        if alpha == 1:
+            method += [("alpha 1,\nafter phase 2", fine), ("samples", drawn(folder, "ar2"))]
+        some += [(f"alpha {alpha:g}\n{kind}", drawn(folder, name))
+                 for kind, name in (("AR", "ar2"), ("NAR", "nar2"))]
+        phases += [(f"alpha {alpha:g}\n{text}", drawn(folder, name))
+                   for text, name in (("AR, phase 1", "ar1"), ("phase 2", "ar2"))]
+    for name, rows in (("view", view), ("method", method), ("samples", some), ("phases", phases)):
+        sheet(out / f"{name}.png", rows)
 
 
 def curves(folders, runs, path):
@@ -265,57 +286,50 @@ def curves(folders, runs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    names = common(runs)
     for axis, kind in zip(axes, ("ar", "nar")):
-        for i, alpha in enumerate(names):
+        for i, alpha in enumerate(sorted(set.intersection(*map(set, runs)))):
             for j, folder in enumerate(folders):
                 lines = validation(alphas(folder)[alpha] / kind)
                 axis.plot([v["step"] for v in lines], [v["loss"] for v in lines], f"C{i}",
                           label=None if j else f"alpha {alpha:g}")
-        axis.set(title=f"{kind.upper()} prior", xlabel="step", ylabel="validation loss, nats a code")
+        axis.set(title=f"{kind.upper()} prior", xlabel="step", ylabel="validation loss, nats")
         axis.legend()
-    for i, (name, text) in enumerate({"fd": "reconstructions", "ar_fd": "AR samples", "nar_fd": "NAR samples"}.items()):
+    for i, (name, text) in enumerate((("fd", "reconstructions"), ("ar_fd", "AR samples"),
+                                      ("nar_fd", "NAR samples"))):
         for j, figures in enumerate(runs):
-            axes[2].semilogy(list(figures), [values[name] for values in figures.values()], f"C{i}o-",
-                             label=None if j else text)
-    axes[2].minorticks_off()
-    axes[2].set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
-    axes[2].set(title="phase 1: distance against alpha", xlabel="alpha", ylabel="FD (evaluation classifier)")
+            axes[2].semilogy(list(figures), [values[name] for values in figures.values()],
+                             f"C{i}o-", label=None if j else text)
+    axes[2].set(title="phase 1: FD against alpha", xlabel="alpha", ylabel="FD")
     axes[2].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
 
 def main():
-    parser = runtime.Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of demo.sh, one a seed")
-    parser.add_argument("--ablations", default="", help="folder of ablations.sh")
-    parser.add_argument("--out", default="", help="where tables and pictures go (default: the first folder)")
-    parser.add_argument("--device", choices=runtime.DEVICES, default="auto", help="auto: cuda, then mps, then cpu")
+    parser.add_argument("--ablations", help="folder of ablations.sh")
+    parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
-    if not (args.runs or args.ablations):
-        raise BadInput("nothing to do: name one or more folders of demo.sh, or --ablations FOLDER")
-    device, out = runtime.setup(args), Path(args.out or args.ablations or args.runs[0])
+    out = Path(args.out or args.ablations or args.runs[0])
     out.mkdir(parents=True, exist_ok=True)
-
-    def write(name, text):
-        print(text)
-        runtime.save_file(out / name, lambda file: file.write(text.encode()))
-
     if args.ablations:
-        write("ablations.md", ablation_tables(args.ablations))
+        text = ablation_tables(args.ablations)
+        (out / "ablations.md").write_text(text)
+        print(text)
     if args.runs:
-        runs = [measure(run, device) for run in args.runs]
-        first = {alpha: alphas(args.runs[0])[alpha] for alpha in common(runs)}
-        write("table.md", tables(runs))
-        runtime.save_json(out / "table.json", [read_json(f"{folder}/about.json") | {"alphas": figures}
-                                               for folder, figures in zip(args.runs, runs)])
-        sheet(out / "view.png", reconstructions(first, device))
-        sheet(out / "samples.png", samples(first, {"ar2": "AR samples", "nar2": "NAR samples"}))
-        sheet(out / "phases.png", samples(first, {"ar1": "AR, phase 1", "ar2": "the same, phase 2",
-                                                  "nar1": "NAR, phase 1", "nar2": "the same, phase 2"}))
+        runs = [measure(run) for run in args.runs]
+        text = tables(runs)
+        (out / "table.md").write_text(text)
+        print(text)
+        table = [read(f"{run}/about.json") | {"alphas": found}
+                 for run, found in zip(args.runs, runs)]
+        (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
+        pictures({alpha: alphas(args.runs[0])[alpha] for alpha in runs[0]
+                  if all(alpha in found for found in runs)}, out)
         curves(args.runs, runs, out / "curves.png")
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    main()

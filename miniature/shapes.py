@@ -1,174 +1,174 @@
-"""The built-in pictures: ten objects before a wall, drawn from their index. Nothing to download.
+"""The built-in pictures: little monsters put together from parts, drawn from their index.
 
-    python data.py --data shapes        # look at them
-
-They are what `--data shapes` names: enough to try every stage on a CPU, and not a benchmark.
+    python data.py --data shapes        # look at them: what `--data shapes` names, no benchmark
 """
+import colorsys
 import hashlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 
-def _circle(x, y, rx, ry=None, start=0.0, stop=1.0, n=40):
+def _oval(x, y, rx, ry=None, start=0.0, stop=1.0, n=24):
     t = 2 * np.pi * np.linspace(start, stop, n)
     return np.stack([x + rx * np.cos(t), y + (ry or rx) * np.sin(t)], 1)
 
 
-def _star():
-    r, t = np.where(np.arange(10) % 2, 0.45, 1.0), np.pi * (np.arange(10) / 5 - 0.5)
-    return [(np.stack([r * np.cos(t), r * np.sin(t)], 1), 0), (_circle(0, 0, 0.2), 1)]
+def _box(x1, y1, x2, y2):
+    return np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
 
 
-def _heart():
-    t = np.linspace(0, 2 * np.pi, 60)
-    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return [(np.stack([np.sin(t) ** 3, -y / 16.5 - 0.08], 1), 0), (_circle(-0.42, -0.38, 0.15, 0.2), 2)]
+def _bar(x1, y1, x2, y2, width):
+    side = np.array([y1 - y2, x2 - x1]) * width / 2 / np.hypot(x2 - x1, y2 - y1)
+    return np.array([[x1, y1], [x2, y2]]).repeat(2, 0) + np.outer([1, -1, -1, 1], side)
 
 
-def _flower():
-    petals = [(_circle(0.6 * np.cos(a), 0.6 * np.sin(a), 0.38), 0) for a in 2 * np.pi * np.arange(6) / 6]
-    return petals + [(_circle(0, 0, 0.34), 1)]
+def _eye(x, y, r):
+    return [(_oval(x, y, r + 0.05), "k"), (_oval(x, y, r), "w"), (_oval(x, y + 0.02, r / 2), "k")]
 
 
-def _fish():
-    tail = [(0.45, 0), (1, -0.5), (0.88, 0), (1, 0.5)]
-    fin = [(-0.1, -0.35), (0.3, -0.75), (0.35, -0.2)]
-    return [(tail, 1), (fin, 1), (_circle(-0.2, 0, 0.78, 0.46), 0), (_circle(-0.62, -0.1, 0.15), 2),
-            (_circle(-0.65, -0.1, 0.07), 3), (_circle(0.0, 0.08, 0.2, 0.12), 1)]
+def _both(*shapes):
+    """Shapes of the right side, then their mirror images."""
+    return [(np.array(points) * (sign, 1), tint) for sign in (1, -1) for points, tint in shapes]
 
 
-def _house():
-    return [([(-0.72, -0.15), (0.72, -0.15), (0.72, 0.9), (-0.72, 0.9)], 0),
-            ([(0.35, -0.8), (0.6, -0.8), (0.6, -0.2), (0.35, -0.2)], 3),
-            ([(-1, -0.1), (0, -0.95), (1, -0.1)], 1), ([(-0.18, 0.3), (0.18, 0.3), (0.18, 0.9), (-0.18, 0.9)], 3),
-            ([(-0.58, 0.08), (-0.3, 0.08), (-0.3, 0.38), (-0.58, 0.38)], 2),
-            ([(0.3, 0.08), (0.58, 0.08), (0.58, 0.38), (0.3, 0.38)], 2)]
-
-
-def _pine():
-    layers = [([(-w, y + 0.62), (0, y), (w, y + 0.62)], 0) for w, y in ((0.8, 0.05), (0.64, -0.4), (0.48, -0.95))]
-    return [([(-0.14, 0.6), (0.14, 0.6), (0.14, 1), (-0.14, 1)], 3)] + layers + [
-        (_circle(x, y, 0.08), 1) for x, y in ((-0.35, 0.5), (0.25, 0.42), (0.05, 0.05), (-0.15, -0.12), (0.05, -0.5))]
-
-
-def _mushroom():
-    cap = np.concatenate([_circle(0, 0, 0.95, 0.85, 0.5, 1.0), _circle(0, 0, 0.95, 0.2, 0.0, 0.5)])
-    return [([(-0.26, 0), (0.26, 0), (0.36, 0.9), (-0.36, 0.9)], 2), (cap, 0), (_circle(-0.4, -0.32, 0.17), 2),
-            (_circle(0.2, -0.52, 0.16), 2), (_circle(0.5, -0.15, 0.13), 2)]
-
-
-def _moon():
-    outer, inner = _circle(0, 0, 0.95, start=0.12, stop=0.88), _circle(0.42, 0, 0.72, start=0.83, stop=0.17)
-    small = np.stack([np.where(np.arange(8) % 2, 0.1, 0.26) * f(np.pi * np.arange(8) / 4) for f in (np.cos, np.sin)], 1)
-    return [(np.concatenate([outer, inner]), 0), (small + [0.55, -0.05], 1)]
-
-
-def _mug():
-    handle = np.concatenate([_circle(0.5, 0, 0.45, start=-0.25, stop=0.25),
-                             _circle(0.5, 0, 0.24, start=0.25, stop=-0.25)])
-    return [(handle, 1), ([(-0.75, -0.62), (0.55, -0.62), (0.46, 0.8), (-0.66, 0.8)], 0),
-            (_circle(-0.1, -0.62, 0.65, 0.17), 2), (_circle(-0.1, -0.6, 0.52, 0.11), 3),
-            ([(-0.73, 0.1), (0.5, 0.1), (0.49, 0.34), (-0.71, 0.34)], 1)]
-
-
-def _umbrella():
-    top = _circle(0, 0, 1, 0.9, 0.5, 1.0)
-    hems = np.concatenate([_circle(x, 0, 0.2, -0.16, 0.0, 0.5, 12) for x in (0.8, 0.4, 0.0, -0.4, -0.8)])
-    stick = [(-0.05, -0.2), (0.05, -0.2), (0.05, 0.7), (-0.05, 0.7)]
-    hook = np.concatenate([_circle(-0.15, 0.7, 0.2, start=0.0, stop=0.5),
-                           _circle(-0.15, 0.7, 0.1, start=0.5, stop=0.0)])
-    return [(stick, 3), (hook, 3), (np.concatenate([top, hems]), 0),
-            (np.concatenate([_circle(0, 0, 0.22, 0.9, 0.5, 1.0), [(0.2, 0.0), (-0.2, 0.0)]]), 1)]
-
-
-# name -> polygons in [-1, 1]^2 (y down), each with its tint: 0 main colour, 1 second colour, 2 pale, 3 dark
-OBJECTS = {f.__name__[1:]: f() for f in (_star, _heart, _flower, _fish, _house, _pine, _mushroom, _moon, _mug,
-                                         _umbrella)}
-COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
+# A kind of a part is a list of polygons in [-1, 1]^2 (y down), each with its tint, a key of `tints`
+# in draw: 1 main colour, 2 darker, p pale; w white, k black, r red, y yellow, g green.
+_SPIKES = np.resize([1, 0.54], (11, 1))
+BODY = {
+    "bean": [*_oval(0, -0.2, 0.4, 0.4, 0.5, 1), *_oval(0, 0.3, 0.4, 0.4, 0, 0.5)],
+    "box": _box(-0.5, -0.52, 0.5, 0.64), "bun": _oval(0, 0.07, 0.76, 0.5),
+    "cone": [(-0.2, -0.56), (0.2, -0.56), (0.78, 0.62), (-0.78, 0.62)],
+    "cup": [(-0.72, -0.5), (0.72, -0.5), (0.3, 0.64), (-0.3, 0.64)],
+    "star": _oval(0, 0, 0.88, 0.84, -0.25, 0.75, 11) * _SPIKES + (0, 0.08)}
+TOP = {
+    "horns": _both(([(0.12, -0.45), (0.42, -0.4), (0.62, -0.95)], "w")),
+    "antennae": _both((_bar(0.12, -0.4, 0.3, -0.85, 0.09), "k"), (_oval(0.32, -0.84, 0.15), "2")),
+    "ears": _both((_oval(0.24, -0.68, 0.17, 0.32), "1"), (_oval(0.24, -0.66, 0.08, 0.22), "r")),
+    "hat": [(_box(-0.3, -0.98, 0.3, -0.5), "k"), (_box(-0.52, -0.52, 0.52, -0.38), "k"),
+            (_box(-0.3, -0.66, 0.3, -0.52), "r")],
+    "crown": _both(([(0, -0.4), (0.4, -0.4), (0.46, -0.92), (0.2, -0.66), (0, -0.98)], "y")),
+    "sprout": [(_bar(0, -0.4, 0, -0.8, 0.1), "g"), *_both((_oval(0.26, -0.8, 0.27, 0.15), "g"))]}
+EYES = {
+    "one": _eye(0, -0.14, 0.26), "two": _both(*_eye(0.23, -0.14, 0.17)),
+    "three": _both(*_eye(0.31, -0.08, 0.13)) + _eye(0, -0.26, 0.13),
+    "happy": _both(([*_oval(0.2, 0, 0.18, 0.24, 0.5, 1), *_oval(0.2, 0, 0.08, 0.1, 1, 0.5)], "k")),
+    "shades": _both((_box(0, -0.28, 0.42, -0.18), "k"), (_oval(0.22, -0.2, 0.2, 0.2, 0, 0.5), "k")),
+    "angry": _both(([(0.04, -0.12), (0.42, -0.32), (0.36, -0.02), (0.16, 0.02)], "w"),
+                   (_oval(0.2, -0.08, 0.08), "k"), (_bar(0.02, -0.16, 0.44, -0.36, 0.1), "k"))}
+MOUTH = {
+    "smile": [([*_oval(0, 0.2, 0.3, 0.24, 0, 0.5), *_oval(0, 0.2, 0.2, 0.08, 0.5, 0)], "k")],
+    "oh": [(_oval(0, 0.3, 0.15, 0.17), "k"), (_oval(0, 0.37, 0.09), "r")],
+    "grin": [(_box(-0.3, 0.18, 0.3, 0.42), "k"), *_both((_box(0.03, 0.22, 0.25, 0.38), "w"))],
+    "fangs": _both((_box(0, 0.18, 0.3, 0.26), "k"), ([(0.06, 0.2), (0.26, 0.2), (0.16, 0.5)], "w")),
+    "beak": [([(-0.24, 0.14), (0.24, 0.14), (0, 0.48)], "y")],
+    "lips": [(_oval(0, 0.3, 0.22, 0.13), "r"), *_both((_oval(0.09, 0.22, 0.11, 0.1), "r"))]}
+_UP = [(_bar(0.4, 0.2, 0.8, -0.2, 0.16), "2"), (_oval(0.82, -0.26, 0.14), "2")]
+_DOWN = [(_bar(0.4, 0.1, 0.78, 0.42, 0.16), "2"), (_oval(0.8, 0.46, 0.14), "2")]
+ARMS = {
+    "up": _both(*_UP), "down": _both(*_DOWN), "wave": _both(*_UP)[:2] + _both(*_DOWN)[2:],
+    "wings": _both(([(0.4, 0.3), (0.62, -0.35), (1, -0.44), (0.97, -0.08), (0.74, 0.3)], "w")),
+    "claws": _both((_bar(0.4, 0.15, 0.78, 0.05, 0.12), "r"),
+                   ([*_oval(0.83, -0.1, 0.21, 0.24, 0.85, 1.62), (0.81, -0.07)], "r")),
+    "gloves": _both((_oval(0.83, 0.1, 0.2), "r"), (_box(0.55, -0.05, 0.66, 0.25), "w"))}
+LEGS = {
+    "shoes": _both((_bar(0.22, 0.5, 0.22, 0.85, 0.14), "2"), (_oval(0.32, 0.88, 0.22, 0.11), "k")),
+    "bird": _both((_box(0.15, 0.5, 0.25, 0.8), "y"), ([(0.2, 0.7), (0.46, 1), (0.02, 1)], "y")),
+    "wheels": _both((_oval(0.34, 0.74, 0.23), "k"), (_oval(0.34, 0.74, 0.1), "w")),
+    "flame": [*_both(([(0, 0.5), (0.36, 0.5), (0.3, 0.78), (0.18, 0.72), (0, 1)], "r")),
+              ([(-0.18, 0.5), (0.18, 0.5), (0, 0.88)], "y")],
+    "tentacles": _both(*[(_oval(x, 0.66, 0.14, 0.3), "1") for x in (0.16, 0.48)]),
+    "spring": [(_bar(-0.2, 0.6, 0.26, 0.68, 0.08), "k"), (_bar(0.26, 0.68, -0.26, 0.8, 0.08), "k"),
+               (_bar(-0.26, 0.8, 0.3, 0.9, 0.08), "k"), (_box(-0.4, 0.86, 0.4, 0.97), "k")]}
+PATTERN = {
+    "plain": [], "bands": [(_box(-1, y, 1, y + 0.17), "p") for y in (-0.44, -0.06, 0.32)],
+    "stripes": [(_box(x, -1, x + 0.2, 1), "p") for x in (-0.56, -0.1, 0.36)],
+    "spots": _both(*((_oval(*at, 0.13), "p") for at in ((0.4, 0.14), (0.2, 0.54), (0.4, -0.36)))),
+    "belly": [(_oval(0, 0.42, 0.42, 0.36), "p")], "halves": [(_box(0, -1, 1, 1), "p")]}
+COLOUR = {"red": 0.0, "yellow": 0.15, "green": 0.36, "cyan": 0.5, "blue": 0.63, "purple": 0.79}
+LOOKS = {"body": BODY, "top": TOP, "eyes": EYES, "mouth": MOUTH, "arms": ARMS, "legs": LEGS,
+         "pattern": PATTERN, "colour": COLOUR}
+PARTS = {part: tuple(kinds) for part, kinds in LOOKS.items()}
+KINDS = [len(kinds) for kinds in PARTS.values()]
 
 
 class Shapes:
-    """Pictures drawn from (seed 0, index): one of ten objects before a dotted wall.
+    """Pictures drawn from their index. Structure, which a prior can learn: the kinds of the parts,
+    each independent of the others, 1.7 million monsters. Nuisance, which it can't: wall, texture,
+    shades, place, size, rotation. The label is the body's kind, with `fine` all kinds in one."""
 
-    Structure, which a prior can learn: the object. Nuisance, which it can't: colours (independent of the object), the
-    wall's dots, light, shadow, position, scale, rotation, flip. label(i) is the object, i % 10; with `fine` it is
-    object * 6 + colour family: 60 labels."""
-
-    drawn = splits = True  # at any size, exactly; with validation pictures of its own
-    classes, COLOURS = tuple(OBJECTS), len(COLOURS)
-    SIZES = {"train": 20_000, "val": 2_000}
+    classes, kinds = PARTS["body"], KINDS
+    SIZES = {"train": 30_000, "val": 2_000}
 
     def __init__(self, split="train"):
-        self.n, self.first, self.fine = self.SIZES[split], 0 if split == "train" else 10_000_000, False
+        self.n, self.first, self.fine = self.SIZES[split], 12_000_000 * (split != "train"), False
 
     def __len__(self):
         return self.n
 
+    def parts(self, i):
+        return choose(self.first + i)[0]
+
     def label(self, i):
-        family = int(np.random.default_rng([0, self.first + i]).integers(self.COLOURS)) if self.fine else 0
-        return i % len(OBJECTS) * (self.COLOURS if self.fine else 1) + family
+        parts = self.parts(i)
+        return int(np.ravel_multi_index(parts, KINDS)) if self.fine else parts[0]
 
     def name(self, i):
-        return f"shapes {self.first + i} ({self.classes[i % len(OBJECTS)]})"
+        return f"picture {self.first + i}"
 
-    def signature(self):
-        first = draw(self.first, 0, 32).tobytes()  # codes of pictures that were drawn in another way are others
+    def signature(self):  # codes of pictures that were drawn in another way are others
+        first = draw(self.first, 32).tobytes()
         return hashlib.sha256(f"shapes {self.first} {self.n}".encode() + first).hexdigest()[:16]
 
-    def load(self, i, at_least=0):
-        return draw(self.first + i, i % len(OBJECTS), at_least or 256)
+    def load(self, i, size=0, fast=False):
+        return draw(self.first + i, size or 256), self.label(i)
+
+
+def choose(index):
+    """The kinds of all parts of a picture, and the generator of all else in it."""
+    rng = np.random.default_rng([0, index])
+    return rng.integers(KINDS).tolist(), rng
 
 
 def _rgb(h, s, v):
-    """HSV, each in [0, 1] (the hue wraps round), any shape -> RGB in [0, 255] with a last axis of 3."""
-    k = (np.array([5, 3, 1]) + 6 * np.asarray(h)[..., None]) % 6
-    s, v = np.asarray(s)[..., None], np.asarray(v)[..., None]
-    return 255 * v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))
+    return tuple(round(255 * c) for c in colorsys.hsv_to_rgb(h % 1, s, v))
 
 
-def draw(index, label, size):
+def draw(index, size):
     """One picture as a PIL image, size x size, RGB; a function of its arguments alone."""
-    rng = np.random.default_rng([0, index])
-    family = int(rng.integers(len(COLOURS)))  # the first number drawn: `label` repeats it
-    hue = family / len(COLOURS) + rng.uniform(-0.05, 0.05)
-    big = 3 * size  # polygons are drawn at three times the size and box-reduced: smooth edges
+    kinds, rng = choose(index)
+    looks = (list(part.values())[k] for part, k in zip(LOOKS.values(), kinds))
+    body, top, eyes, mouth, arms, legs, pattern, hue = looks
+    big = 3 * size  # drawn at three times the size and box-reduced: smooth edges
+    hue, s, v = rng.uniform((hue - 0.02, 0.65, 0.8), (hue + 0.02, 0.85, 0.95))
+    tints = {"1": _rgb(hue, s, v), "2": _rgb(hue, s, 0.6 * v), "p": _rgb(hue + 0.03, 0.35 * s, 1),
+             "w": "#faf8f0", "k": "#262230", "r": "#d62846", "y": "#ffa51e", "g": "#3ca046"}
+    turn, scale, x, y = rng.uniform((-0.1, 0.84, -0.05, -0.05), (0.1, 0.94, 0.05, 0.05))
+    c, s = scale * np.cos(turn) * big / 2, scale * np.sin(turn) * big / 2
+    matrix, shift = np.array([[c, s], [-s, c]]), np.array([1 + x, 1 + y]) * big / 2
 
-    # The wall: a pale gradient with four large dots, each of its own colour and place.
-    wall_hue, value, direction = rng.uniform(), rng.uniform(0.88, 1.0), rng.uniform(0, 2 * np.pi)
-    axis = np.linspace(-1, 1, size)
-    ramp = (axis[None] * np.cos(direction) + axis[:, None] * np.sin(direction))[..., None] / 2.8 + 0.5  # (S, S, 1)
-    wall = ramp * _rgb(wall_hue, 0.08, value) + (1 - ramp) * _rgb(wall_hue + 0.08, 0.2, value * 0.9)
-    dots = Image.new("RGBA", (big, big))
-    pen = ImageDraw.Draw(dots)
-    for x, y, radius, tint, dark in rng.uniform(0, 1, (4, 5)):
-        x, y, radius = x * big, y * big, (0.07 + 0.07 * radius) * big
-        fill = _rgb(wall_hue + 0.4 * tint, 0.35, value * (0.7 + 0.25 * dark)).astype(int)
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=(*fill.tolist(), 255))
-    dots = np.asarray(dots.reduce(3), np.float32)
+    def smooth(array):
+        return Image.fromarray(array.astype(np.uint8)).resize((big, big), Image.BILINEAR)
 
-    # The object: polygons under a random similarity with a little aspect, flip and rotation.
-    turn, scale, aspect = rng.uniform(-0.2, 0.2), rng.uniform(0.74, 0.88), rng.uniform(0.94, 1.06)
-    shift = rng.uniform(-0.1, 0.1, 2)
-    matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * scale
-    matrix = matrix @ np.diag([aspect * rng.choice([-1, 1]), 1 / aspect])
-    main = _rgb(hue, rng.uniform(0.6, 0.9), rng.uniform(0.75, 1.0))
-    second = _rgb(hue + rng.choice([0.12, -0.12, 0.5]), 0.55, rng.uniform(0.6, 0.95))
-    tints = main, second, np.array([246, 240, 228]), _rgb(hue, 0.45, 0.25)
-    shape = Image.new("RGBA", (big, big))
-    pen = ImageDraw.Draw(shape)
-    for points, tint in OBJECTS[Shapes.classes[label]]:
-        points = (((np.asarray(points) @ matrix.T + shift) / 2 + 0.5) * big).ravel().tolist()
-        pen.polygon(points, fill=(*tints[tint].astype(int), 255))
-    shape = np.asarray(shape.reduce(3), np.float32)
-    mask = shape[..., 3:] / 255  # (S, S, 1)
+    def paint(pen, shapes):
+        for points, tint in shapes:
+            pen.polygon((points @ matrix + shift).ravel().tolist(), tints.get(tint, 255))
 
-    # Light from one side, a soft shadow on the wall.
-    light = rng.uniform(0, 2 * np.pi)
-    paint = shape[..., :3] * (1.0 - 0.2 * (axis[None] * np.cos(light) + axis[:, None] * np.sin(light)))[..., None]
-    offset = np.round(np.array([np.sin(light), np.cos(light)]) * size * 0.045).astype(int)
-    shadow = Image.fromarray((mask[..., 0] * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(size * 0.03))
-    shadow = np.roll(np.asarray(shadow, np.float32), offset, (0, 1))[..., None] / 255
-    picture = (wall + (dots[..., :3] - wall) * dots[..., 3:] / 255) * (1 - 0.35 * shadow)
-    picture = picture * (1 - mask) + paint * mask
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    # The wall: a pale gradient with four dots, each of its own colour and place.
+    wall, value = rng.uniform((0, 0.85), (1, 1))
+    ends = np.array([_rgb(wall, 0.1, value), _rgb(wall + 0.08, 0.25, 0.85 * value)])
+    ramp = rng.uniform(0, 1, (3, 3, 1))
+    picture = smooth(ramp * ends[0] + (1 - ramp) * ends[1])
+    pen = ImageDraw.Draw(picture)
+    for x, y, r, tint, shade in rng.uniform((0, 0, 0.07, 0, 0.7), (1, 1, 0.14, 0.4, 0.95), (4, 5)):
+        pen.circle((big * x, big * y), big * r, _rgb(wall + tint, 0.35, shade * value))
+
+    # The monster: limbs, the body with its pattern and a blotched texture, headgear and face.
+    paint(pen, legs + arms)
+    mask, skin = Image.new("L", (big, big)), Image.new("RGB", (big, big), tints["1"])
+    paint(ImageDraw.Draw(mask), [(body, "")])
+    paint(ImageDraw.Draw(skin), pattern)
+    skin.paste(0, mask=smooth(rng.integers(0, 64, (9, 9))))
+    picture.paste(skin, mask=mask)
+    paint(pen, top + eyes + mouth)
+    return picture.reduce(3)

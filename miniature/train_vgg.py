@@ -1,9 +1,9 @@
-"""Train a small VGG-shaped classifier: a perceptual network for data far from ImageNet, and for the miniature.
+"""Train a small VGG-shaped classifier: a perceptual network for data far from ImageNet.
 
-    python miniature/train_vgg.py --data shapes --labels fine --out runs/vgg        # a minute or two on a CPU
-    python miniature/train_vgg.py --data /data/birds/train --val /data/birds/val --image_size 64 --out runs/vgg
+    python miniature/train_vgg.py --data birds --image_size 64
 
-Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. Blur, noise and gain in training keep its
+Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes; of
+`shapes` the kinds of all parts, one softmax each. Blur, noise and gain in training keep its
 features from depending on single pixels. One process: it is small.
 """
 import sys
@@ -18,53 +18,70 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
-from runtime import BadInput  # noqa: E402
+
+FIXED = ("seed", "batch_size", "image_size", "crop", "widths")  # while a run goes on
 
 
 def parse():
-    parser = runtime.Parser(__doc__)
-    runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3)
-    add = parser.add_argument
-    add("--image_size", type=runtime.positive, default=64, help="side of the images, a multiple of 8")
-    add("--crop", choices=data.CROPS, default="random", help="training crop (data.py)")
-    add("--widths", type=runtime.positive, nargs=5, default=[16, 32, 64, 96, 128], help="channels of the five stages")
-    add("--labels", choices=["class", "fine"], default="class", help="fine: shapes' object x colour family, 60 labels")
-    parser.set_defaults(log_every=100, eval_every=500, save_every=500)
-    return parser.parse_args()
+    parser = runtime.parser(__doc__)
+    runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3,
+                               image_size=64, log_every=100, eval_every=500)
+    parser.add_argument("--widths", type=int, nargs=5, default=[16, 32, 64, 96, 128],
+                        help="channels of its stages")
+    return runtime.parse(parser, "vgg", FIXED)
 
 
 def perturb(x, generator):
-    """Blur half of the batch, scale the contrast, add noise: x (B, 3, S, S) in [-1, 1] -> the same shape."""
-    uniform = lambda: torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)  # noqa: E731
+    """Blur half of the batch, scale the contrast, add noise: x (B, 3, S, S) in [-1, 1] -> the same
+    shape."""
+    def uniform():
+        return torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
+
     blurred = TF.gaussian_blur(x, [3, 3], [1.0, 1.0])
     x = torch.where(uniform() < 0.5, x, blurred)
     noise = torch.randn(x.shape, generator=generator).to(x.device)
     return x * (0.8 + 0.4 * uniform()) + noise * 0.5 * uniform()
 
 
+def cross_entropy(logits, labels, kinds, **options):
+    """Sum over the softmaxes: logits (B, sum(kinds)), labels (B,) -> scalar, and each one's
+    accuracy, (len(kinds),)."""
+    parts = list(zip(logits.float().split(kinds, 1), torch.unravel_index(labels, kinds)))
+    right = torch.stack([(part.argmax(1) == y).float().mean() for part, y in parts])
+    return sum(F.cross_entropy(part, y, **options) for part, y in parts), right
+
+
 @torch.no_grad()
-def validate(net, loader, device, bad):
-    """Cross-entropy and accuracy on the validation set."""
+def validate(net, batches, device, bad):
+    """Cross-entropy and accuracy on the validation set; the latter of each softmax, too."""
     net.eval()
-    loss = correct = n = 0
-    for images, labels, index in loader:
-        bad(index)
-        labels = labels[index < 0].to(device)
-        logits = net(data.to_float(images[index < 0], device), ("logit",))["logit"]
-        loss += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-        n += len(labels)
+    loss = right = n = 0
+    for images, labels, reasons in batches:
+        bad(reasons)
+        good = [not reason for reason in reasons]
+        logits = net(data.to_float(images[good], device), ("logit",))["logit"]
+        terms = cross_entropy(logits, labels[good].to(device), net.config["kinds"])
+        loss, right = (total + sum(good) * term for total, term in zip((loss, right), terms))
+        n += sum(good)
     net.train()
-    return {"loss": loss / n, "accuracy": correct / n}
+    each = {f"accuracy_{i}": share for i, share in enumerate((right / n).tolist())}
+    return {"loss": loss / n, "accuracy": right.mean() / n} | each
 
 
 @torch.no_grad()
-def measure_scale(net, loader, device):
-    """Mean square of each layer on training images, which the perceptual loss divides by."""
+def measure_scale(net, batches, device):
+    """The perceptual loss divides each layer by its variance over training images: the mean over
+    its elements of each element's variance."""
     net.eval()
-    squares = [[f.square().mean() for f in net(data.to_float(images[index < 0], device), losses.LAYERS).values()]
-               for images, _, index in loader if (index < 0).any()]
-    net.mean_square.copy_(torch.tensor(squares).mean(0))
+    n, sums, squares = 0, [0] * len(losses.LAYERS), [0] * len(losses.LAYERS)
+    for images, _, reasons in batches:
+        x = data.to_float(images[[not reason for reason in reasons]], device)
+        n += len(x)
+        for i, f in enumerate(net(x, losses.LAYERS).values()):
+            sums[i] = sums[i] + f.double().sum(0)
+            squares[i] = squares[i] + f.double().square().sum(0)
+    variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
+    net.scale.copy_(torch.stack(variance))
     net.train()
 
 
@@ -72,68 +89,55 @@ def main():
     args = parse()
     device = runtime.setup(args)
     if runtime.world() > 1:
-        raise BadInput("train_vgg.py runs in one process: start it with python, not torchrun")
-    if runtime.micro_batch(args) == 1:
-        raise BadInput("a batch of one: batch norm needs two images a micro-batch at least, raise --batch_size")
-    run = runtime.Run(args, "vgg")
-    data.check_image_size(args.image_size, 8)
+        raise SystemExit("train_vgg.py runs in one process: start it with python, not torchrun")
     source, val = data.open_data(args)
-    if not source.classes or tuple(source.classes) != tuple(val.classes):
-        raise BadInput(f"--data {args.data} has no classes, or --val has others: a classifier needs a folder of class "
-                       f"folders, or shapes")
-    fine = args.labels == "fine"
-    if fine and args.data != "shapes":
-        raise BadInput("--labels fine is for --data shapes, whose colours are known")
-    labels = {"classes": list(source.classes), "fine": source.COLOURS if fine else 1}
-    if fine:
-        source.fine = val.fine = True
+    if not source.classes:
+        raise SystemExit(f"--data {args.data} has no classes: a classifier needs class folders")
+    source.fine = val.fine = True  # of shapes all parts; others don't look at it
+    kinds = getattr(source, "kinds", [len(source.classes)])
     torch.manual_seed(args.seed)
-    net = losses.SmallVGG(args.widths, len(labels["classes"]) * labels["fine"])
-    net = net.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
-    guard, averages, start = runtime.Guard(device), runtime.Averages(), 0
-    if state := run.resume(model=net, optimizer=optimizer):
-        start = state["step"]
+    net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
+    run = runtime.Run(args, "vgg", shown=("loss", "accuracy", "skipped"))
+    start = run.resume(model=net, opt=opt)
     if args.compile:
-        net.compile()
+        net.compile(dynamic=False)
 
-    batches = iter(data.train_loader(data.TrainImages(source, args.image_size, args.crop, args.seed), args, start,
-                                     device))
-    scale_loader = data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device, 1024)
-    val_loader = data.eval_loader(data.EvalImages(val, args.image_size), 200, min(args.workers, 2), device)
-    bad, bad_val = data.Bad(source), data.Bad(val)
-
-    def save(step):
-        measure_scale(net, scale_loader, device)  # a stopped run's file, too, must fit the loss
-        run.save(step, model=net.state_dict(), optimizer=optimizer.state_dict(), config=net.config, labels=labels)
-
-    def evaluate(step):
-        run.progress(step, **run.log(step, "val", **validate(net, val_loader, device, bad_val)))
-
-    run.progress(start)
-    if run.missed(start):
-        evaluate(start)
+    stream = data.TrainImages(source, args.image_size, args.crop, args.seed)
+    batches = iter(data.train_loader(stream, args, start, device))
+    scale_batches = data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device,
+                                     1024)
+    val_batches = data.eval_loader(data.EvalImages(val, args.image_size), 200,
+                                   min(args.workers, 2), device, 5000)
+    bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
+    steps = runtime.Steps(run, opt)
     for step in range(start, args.iters):
         for a in range(args.accum):
-            x, y, index = next(batches)
-            bad(index)
+            x, y, reasons = next(batches)
+            bad(reasons)
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
-            generator = torch.Generator().manual_seed((args.seed * args.iters + step) * args.accum + a)
+            seed = runtime.seed_of(args.seed, step, a)
+            x = perturb(x, torch.Generator().manual_seed(seed))
             with runtime.autocast(device, args.dtype):
-                logits = net(perturb(x, generator), ("logit",))["logit"]
-            loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
+                logits = net(x, ("logit",))["logit"]
+            loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
             (loss / args.accum).backward()
-            averages.add(loss=loss)
-        guard.step(optimizer, runtime.cosine(step, args.iters, args.lr, 0))
+            averages.add(loss=loss, accuracy=right.mean())
+        steps.take(runtime.cosine(step, args.iters, args.lr, 0))
 
         done = step + 1
         if run.due(done, args.log_every):
-            run.progress(done, **run.log(done, "train", **averages.means()))
-            if guard.check()[1]:  # nothing is saved: the statistics of batch norm have seen the bad steps
-                raise BadInput(f"{guard.PATIENCE} steps in a row had non-finite gradients: lower --lr")
-        if run.after_step(done, False, save, evaluate):
+            run.log(done, "train", skipped=steps.skipped, **averages.means())
+        stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
+        if due and not stop:
+            good = run.log(done, "val", **validate(net, val_batches, device, bad_val)) and good
+        if (due or stop) and good:  # else the last good state stays on disk
+            measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
+            run.save(done, run.ckpt, model=net.state_dict(), opt=opt.state_dict(),
+                     config=net.config, classes=list(source.classes))
+        if stop:
             return
 
 
 if __name__ == "__main__":
-    runtime.run(main)
+    runtime.launch(main)

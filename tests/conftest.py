@@ -1,5 +1,6 @@
-"""Shared by the tests: running the scripts as a user would, in this process (quick) or through torchrun."""
+"""Shared by the tests: running the scripts as a user would, in this process or by torchrun."""
 import importlib
+import json
 import os
 import signal
 import subprocess
@@ -8,21 +9,33 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ROOT, ROOT / "miniature", ROOT / "benchmarks"  # where scripts are
-sys.path[:0] = map(str, FOLDERS)
+sys.path[:0] = map(str, (ROOT, ROOT / "miniature", ROOT / "benchmarks"))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+import data  # noqa: E402
+import losses  # noqa: E402
 import runtime  # noqa: E402
+import vq  # noqa: E402
+from miniature.shapes import Shapes  # noqa: E402
+from transformer import Transformer  # noqa: E402
 
 torch.set_num_threads(1)
-IMAGENETTE = ("n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042", "n03425413",
-              "n03445777", "n03888257")  # its class folders
-SCRIPTS = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.py"))
-           if "runtime.Parser(" in path.read_text()}
+# Tiny runs in which all parts are at work.
+COMMON = ["--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--log_every", 1, "--eval_every", 3,
+          "--iters", 6, "--device", "cpu", "--data", "shapes"]
+TINY = [*COMMON, "--image_size", 16, "--channels", 16, 16, "--z_dim", 8, "--codebook_size", 16,
+        "--disc_channels", 8, 8, "--disc_ramp", 2]
+PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+    """A small drawn data set."""
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 12})
 
 
 @pytest.fixture
@@ -39,65 +52,136 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def signal_in(monkeypatch):
-    """signal_in(3): from now on a SIGTERM arrives while a script takes step 3; signal_in(None) undoes it."""
-    after_step = runtime.Run.after_step
-
-    def arrive(step):
-        def after(self, done, *rest):
-            if done == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return after_step(self, done, *rest)
-        monkeypatch.setattr(runtime.Run, "after_step", after)
-    return arrive
-
-
-@pytest.fixture
-def launch():
-    """launch(["miniature/train_vgg.py", ...]), launch(["train_tokenizer.py", ...], processes=2): the real command in a
-    process of its own; its result."""
-    def call(words, processes=0, check=True, **options):
-        start = [sys.executable]
-        if processes:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run([*start, str(ROOT / words[0]), *map(str, words[1:])], capture_output=True, text=True,
-                              timeout=300, **options)
-        assert not check or done.returncode == 0, done.stdout + done.stderr
-        return done
+def refused(script, capsys):
+    """refused("sample", "--count", 0): the one sentence with which the script ends, exit code not
+    0. With nothing else on stdout that looks like work."""
+    def call(name, *words):
+        with pytest.raises(SystemExit) as ended:
+            script(name, *words)
+        sentence = ended.value.code
+        if sentence == 2:  # argparse's own
+            sentence = capsys.readouterr().err.splitlines()[-1]
+        assert isinstance(sentence, str) and "\n" not in sentence, sentence
+        return sentence
     return call
 
 
-class Caught(Exception):
-    pass
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at(3): from now on a SIGTERM arrives while a script takes step 3; None undoes it."""
+    due = runtime.Run.due
+
+    def arrive(step):
+        def due_and_kill(self, done, every):
+            if done == step and not self.signal:  # once: a second one ends the process
+                os.kill(os.getpid(), signal.SIGTERM)
+            return due(self, done, every)
+        monkeypatch.setattr(runtime.Run, "due", due_and_kill)
+    return arrive
 
 
-def parser_of(name, monkeypatch):
-    """The parser that a script makes."""
-    def catch(self, *words):
-        raise Caught(self)
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime.Parser, "parse_args", catch)
-        patch.setattr(sys, "argv", [f"{name}.py"])
-        patch.setattr(os, "cpu_count", lambda: 64)
-        with pytest.raises(Caught) as caught:
-            importlib.import_module(name).main()
-    return caught.value.args[0]
+def command(words, processes=0):
+    """The command line of a script, under torchrun if there are processes."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*start, str(ROOT / words[0]), *map(str, words[1:])]
 
+
+def environment(**variables):
+    """For a bash script, whose `python` is to be this one."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path} | variables
+
+
+def launch(words, processes=0, check=True, **options):
+    """Run the real command in a process of its own; its result."""
+    done = subprocess.run(command(words, processes), capture_output=True, text=True, **options)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def lines(folder, split):
+    """The lines of a run's metrics.jsonl."""
+    found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["split"] == split]
+
+
+def same(a, b):
+    """Equal to the last bit, whatever is nested in what."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+# ------------------------------------------------------------------- files that scripts start from
 
 @pytest.fixture(scope="session")
 def vgg(tmp_path_factory):
-    """A checkpoint of train_vgg.py's kind, untrained: the mechanics don't care what it sees."""
-    import losses
+    """A checkpoint as train_vgg.py writes it, untrained: the mechanics don't care what it sees."""
     torch.manual_seed(1)
-    net = losses.SmallVGG([8, 8, 16, 16, 16], 10)
+    net = losses.SmallVGG([8, 8, 16, 16, 16], [6, 4])
     for _ in range(30):  # batch norm's statistics, so that its features are of order 1
         net(torch.randn(8, 3, 32, 32), losses.LAYERS)
     net.eval()
-    net.mean_square.copy_(torch.linspace(0.5, 1.0, 6))
+    net.scale.copy_(torch.linspace(0.5, 1.0, 6))
     path = tmp_path_factory.mktemp("vgg") / "ckpt.pt"
-    torch.save({"kind": "vgg", "args": {}, "step": 0, "model": net.state_dict(), "config": net.config,
-                "labels": {"classes": [str(i) for i in range(10)], "fine": 1}}, path)
+    torch.save({"component": "vgg", "args": {}, "step": 0, "model": net.state_dict(),
+                "config": net.config, "classes": list(Shapes.classes)}, path)
     return path
+
+
+def save_tokenizer(path, seed=0, **options):
+    """A tokenizer checkpoint, untrained, with codes spread enough that images differ in them."""
+    torch.manual_seed(seed)
+    config = dict(channels=[16, 16], z_dim=8, codebook_size=16) | options
+    model = vq.VQModel(**config)
+    images = data.EvalImages(Shapes(), 16)
+    x = torch.stack([images[i][0] for i in range(16)])
+    z = model.encoder(data.to_float(x, torch.device("cpu"))).detach()
+    z = z.permute(0, 2, 3, 1).flatten(0, 2)
+    model.quantizer.codebook.data = z[torch.randperm(len(z))[:16]].clone()
+    args = {"image_size": 16, "data": "shapes", "val": None, "attention": 0}
+    torch.save({"component": "tokenizer", "args": args, "step": 0, "config": config,
+                "model": model.state_dict()}, path)
+    return path
+
+
+def save_prior(path, tokenizer, **options):
+    """A prior's checkpoint, untrained, for the codes of that tokenizer."""
+    torch.manual_seed(0)
+    classes = list(Shapes.classes)
+    prior = Transformer(**dict(kind="ar", size="tiny", codebook_size=16, tokens=64,
+                               classes=len(classes)) | options)
+    args = {"data": "shapes", "val": None, "image_size": 16}
+    torch.save({"component": "prior", "args": args, "step": 3, "config": prior.config,
+                "model": prior.state_dict(), "grid": 8, "classes": classes,
+                "tokenizer": vq.fingerprint(vq.load_tokenizer(tokenizer)[0])}, path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return save_tokenizer(tmp_path / "tokenizer.pt")
+
+
+@pytest.fixture
+def prior(tmp_path, tokenizer):
+    return save_prior(tmp_path / "prior.pt", tokenizer)
+
+
+def noise(seed, width, height, channels=3):
+    """A smooth random picture (height, width, channels), uint8."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small.squeeze()).resize((width, height)))
 
 
 @pytest.fixture
@@ -106,44 +190,24 @@ def many_photos(tmp_path):
     for i in range(160):
         path = tmp_path / "many" / ("cats", "dogs")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(noise(i, 40, 40)).save(path)
     return tmp_path / "many"
-
-
-@pytest.fixture
-def imagenette(tmp_path):
-    """imagenette(train, val): so many pictures of each class, where torchvision looks for the set in data/."""
-    def make(**counts):
-        for split, n in counts.items():
-            for k, name in enumerate(IMAGENETTE):
-                folder = tmp_path / "data" / "imagenette2" / split / name
-                folder.mkdir(parents=True)
-                for i in range(n):
-                    Image.new("RGB", (40, 50), (k, i, 0)).save(folder / f"{i}.JPEG")
-        return tmp_path / "data" / "imagenette2"
-    return make
 
 
 @pytest.fixture
 def photos(tmp_path):
     """A folder of two classes with pictures of many modes, sizes and formats, all decodable."""
-    rng = np.random.default_rng(0)
-
-    def noise(w, h, c=3):
-        small = rng.integers(0, 256, (4, 4, c), dtype=np.uint8)
-        return np.asarray(Image.fromarray(small.squeeze()).resize((w, h), Image.Resampling.BICUBIC))
-
-    for name in ("cats", "dogs"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
     cats, dogs = tmp_path / "photos" / "cats", tmp_path / "photos" / "dogs"
-    Image.fromarray(noise(90, 60)).save(cats / "rgb.jpg", quality=95)
-    Image.fromarray(noise(64, 64, 1), "L").save(cats / "grey.png")
-    Image.fromarray(noise(70, 50, 4), "CMYK").save(cats / "cmyk.jpg")
-    Image.fromarray(noise(50, 80, 4), "RGBA").save(cats / "alpha.png")
-    Image.fromarray(noise(60, 60)).convert("P").save(dogs / "palette.gif")
+    cats.mkdir(parents=True)
+    dogs.mkdir()
+    Image.fromarray(noise(0, 90, 60)).save(cats / "rgb.jpg", quality=95)
+    Image.fromarray(noise(1, 64, 64, 1), "L").save(cats / "grey.png")
+    Image.fromarray(noise(2, 70, 50, 4), "CMYK").save(cats / "cmyk.jpg")
+    Image.fromarray(noise(3, 50, 80, 4), "RGBA").save(cats / "alpha.png")
+    Image.fromarray(noise(4, 60, 60)).convert("P").save(dogs / "palette.gif")
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees to show
-    Image.fromarray(noise(100, 40)).save(dogs / "turned.jpeg", exif=exif)
-    Image.fromarray((noise(48, 48, 1).astype(np.uint16) * 257)).save(dogs / "sixteen.png")
-    Image.fromarray(noise(300, 200)).save(dogs / "large.webp")
+    Image.fromarray(noise(5, 100, 40)).save(dogs / "turned.jpeg", exif=exif)
+    Image.fromarray(noise(6, 48, 48, 1).astype(np.uint16) * 257).save(dogs / "sixteen.png")
+    Image.fromarray(noise(7, 300, 200)).save(dogs / "large.webp")
     return tmp_path / "photos"

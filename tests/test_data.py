@@ -1,429 +1,357 @@
-"""Sources, decoding, crops, and the order of images."""
+"""data.py: sources, decoding, crops, the order of images, unreadable ones, the command line."""
 import io
 import itertools
+import pickle
 from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from conftest import noise
+from PIL import EpsImagePlugin, Image
 
 import data
 from data import EvalImages, Folder, Part, TrainImages
-from miniature.shapes import Shapes, draw
-from runtime import BadInput
-
-
-class Args:
-    batch_size, accum, iters, workers = 8, 1, 6, 0
-
+from miniature.shapes import Shapes
 
 CPU = torch.device("cpu")
-
-
-def stream(source, start=0, **options):
-    args = type("A", (Args,), options)
-    images = TrainImages(source, 16, "random", seed=3)
-    return [batch for batch in data.train_loader(images, args, start, CPU)]
+array = partial(np.asarray, dtype=int)
 
 
 class Tiny(Shapes):
-    SIZES = {"train": 20, "val": 10}
+    """Twenty pictures, labelled with their numbers."""
 
+    SIZES = {"train": 20}
+
+    def label(self, i):
+        return i
+
+
+def gather(batches):
+    """-> all images, their labels, their reasons."""
+    images, labels, reasons = zip(*batches)
+    return torch.cat(images), torch.cat(labels).tolist(), [*itertools.chain(*reasons)]
+
+
+def stream(source, start=0, size=16, **options):
+    """The training images of steps `start` to 5."""
+    args = Namespace(**dict(batch_size=8, accum=1, iters=6, workers=0) | options)
+    return gather(data.train_loader(TrainImages(source, size, "random", seed=3), args, start, CPU))
+
+
+def contents(source):
+    return {source.name(i): source.load(i, 8)[1] for i in range(len(source))}  # labels
+
+
+def both_parts(spec):
+    return [data.open_source(str(spec), split, hold_out=True) for split in ("train", "val")]
+
+
+# ------------------------------------------------------------------------ sources and decoding
 
 def test_shapes_are_a_function_of_index_and_size():
-    one, again = Shapes().load(7, 48), Shapes().load(7, 48)
-    assert one.size == (48, 48) and one.mode == "RGB" and np.array_equal(one, again)
-    assert not np.array_equal(one, Shapes("val").load(7, 48))
-    small = np.asarray(Shapes().load(7, 96).resize((48, 48), Image.Resampling.BOX), float)
-    assert np.abs(small - np.asarray(one, float)).mean() < 20  # the same picture at another size
-    labels = [Shapes().label(i) for i in range(20)]
-    assert labels == [*range(10)] * 2 and len(Shapes.classes) == 10
-    fine = Shapes()
-    fine.fine = True
-    fine = [fine.label(i) for i in range(300)]
-    assert [f // 6 for f in fine] == [i % 10 for i in range(300)] and len(set(fine)) == 60
-
-
-def test_fine_label_names_the_objects_colour():
-    import colorsys
-    s = Shapes()
-    s.fine = True
-    for i in range(1, 40, 10):  # hearts: main colour at the middle
-        r, g, b = np.asarray(s.load(i, 64), float)[28:36, 28:36].reshape(-1, 3).mean(0) / 255
-        hue, family = colorsys.rgb_to_hsv(r, g, b)[0], s.label(i) % 6
-        assert min(abs(hue - family / 6 + k) for k in (-1, 0, 1)) < 0.1
-
-
-def test_folder_reads_every_mode(photos):
-    source = Folder(photos)
-    assert len(source) == 8 and source.classes == ["cats", "dogs"]
-    assert [source.label(i) for i in range(8)] == [0] * 4 + [1] * 4
-    for i in range(8):
-        image = source.load(i)
-        assert image.mode == "RGB" and np.asarray(image).std() > 5, source.name(i)
-    by_name = {source.name(i).rsplit("/", 1)[1]: source.load(i) for i in range(8)}
-    assert by_name["turned.jpeg"].size == (40, 100)
-    grey = np.asarray(Image.open(photos / "cats" / "grey.png"))
-    assert np.array_equal(np.asarray(by_name["grey.png"])[..., 1], grey)
-    sixteen = np.asarray(Image.open(photos / "dogs" / "sixteen.png"))
-    assert np.abs(np.asarray(by_name["sixteen.png"])[..., 0].astype(int) - sixteen // 257).max() <= 1
-
-
-def test_transparency_lies_over_white(tmp_path):
-    image = np.zeros((4, 4, 4), np.uint8)
-    image[:2, :, 3] = 255  # black above, nothing below
-    Image.fromarray(image).save(tmp_path / "a.png")
-    out = np.asarray(Folder(tmp_path).load(0))
-    assert (out[:2] == 0).all() and (out[2:] == 255).all()
-
-
-def test_flat_folder_has_no_classes(tmp_path):
-    Image.new("RGB", (20, 20)).save(tmp_path / "b.png")
-    Image.new("RGB", (20, 20)).save(tmp_path / "a.jpg")
-    source = Folder(tmp_path)
-    assert not source.classes and [source.name(i)[-5:] for i in range(2)] == ["a.jpg", "b.png"]
+    one, again, other = (array(s.load(7, 48)[0]) for s in (Shapes(), Shapes(), Shapes("val")))
+    assert one.shape == (48, 48, 3) and (one == again).all() and (one != other).any()
+    reduced = Shapes().load(7, 96)[0].resize((48, 48), Image.Resampling.BOX)
+    assert np.abs(array(reduced) - one).mean() < 20  # the same picture at another size
+    assert [*contents(Shapes()).values()] == [i % len(Shapes.classes) for i in range(60)]
 
 
 def test_class_folders_of_any_depth(tmp_path, capsys):
-    where = {"b/1.png": 2, "a/z.png": 0, "a/deep/er/2.PNG": 0, "a-b/3.jpeg": 1}  # "a-b/" sorts before "a/"
-    hidden = [".hidden.png", ".cache/4.png", "a/.thumbs/5.png", "b/._1.png"]
-    for i, name in enumerate([*where, *hidden, "outside/6.png"]):
-        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), (10 * i, 0, 0)).save(tmp_path / "root" / name, "PNG")
-    (tmp_path / "root/outside").rename(tmp_path / "outside")
-    (tmp_path / "root/c").symlink_to(tmp_path / "outside")
-    for other in ("notes.txt", "a/list.csv", "only/text.json"):  # no images, and a folder without one is no class
-        (tmp_path / "root" / other).parent.mkdir(exist_ok=True)
-        (tmp_path / "root" / other).write_text("x")
-    source = Folder(tmp_path / "root")
-    assert source.classes == ["a", "a-b", "b", "c"] and len(source) == 5
-    got = {source.name(i).removeprefix(f"{tmp_path}/root/"): source.label(i) for i in range(5)}
-    assert got == where | {"c/6.png": 3}
-    assert [source.label(i) for i in range(5)] == [0, 0, 1, 2, 3]
-    assert source.load(4).getpixel((3, 3)) == (80, 0, 0)
-    assert "3 file(s)" in capsys.readouterr().out
+    """Labels in alphabetical order; hidden files, other files and folders without images left out;
+    links followed, but not in circles and not to nothing."""
+    root = tmp_path / "root"
+    where = {"b/1.png": 2, "a/z.png": 0, "a/deep/er/2.PNG": 0, "a-b/3.jpeg": 1}  # a-b/ before a/
+    others = ["a/list.csv", "only/text.json", ".hidden.png", ".cache/4.png", "a/.thumbs/5.png"]
+    for name in (*where, *others, "../outside/6.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (len(name), 0, 0)).save(root / name, "PNG")
+    (root / "c").symlink_to(tmp_path / "outside")
+    (root / "b/round").symlink_to(root)
+    (root / "b/itself").symlink_to(root / "b/itself")
+    (root / "b/nothing.png").symlink_to(tmp_path / "absent.png")
+    (tmp_path / "outside/back").symlink_to(root / "c")
+    source = Folder(root)
+    assert source.classes == ["a", "a-b", "b", "c"] and "2 files" in capsys.readouterr().out
+    assert contents(source) == where | {"c/6.png": 3} and len(source) == 5
+    assert source.load([*contents(source)].index("c/6.png"))[0].getpixel((3, 3)) == (16, 0, 0)
+    flat = Folder(root / "a-b")
+    assert flat.classes == [] and contents(flat) == {"3.jpeg": 0}
 
 
-def test_jpegs_are_decoded_at_reduced_size(tmp_path):
-    image = Shapes().load(3, 512)
-    image.save(tmp_path / "a.jpg", quality=95)
-    source = Folder(tmp_path)
-    assert source.load(0).size == (512, 512) and source.load(0, 100).size == (128, 128)
-    assert source.load(0, 128).size == (128, 128) and source.load(0, 129).size == (256, 256)
-    a, b = data.center(source.load(0), 64).astype(float), data.center(source.load(0, 64), 64).astype(float)
-    assert np.abs(a - b).mean() < 3
-
-
-def test_lsun_is_read_in_workers(tmp_path):
-    lmdb = pytest.importorskip("lmdb")
-    env = lmdb.open(str(tmp_path / "cat"), map_size=1 << 24)
-    with env.begin(write=True) as transaction:
-        for i in range(10):
-            file = io.BytesIO()
-            Image.new("RGB", (40, 30), (25 * i, 0, 0)).save(file, "WEBP", lossless=True)
-            transaction.put(f"key{i}".encode(), file.getvalue())
-    env.close()
-    source = data.open_source(f"lsun:{tmp_path / 'cat'}")
-    assert len(data.open_source(f"lsun:{tmp_path / 'cat'}")) == 10  # the same again, for --val
-    assert len(source) == 10 and source.load(2).getpixel((5, 5)) == (50, 0, 0)  # open here, then in the workers
-    got = sorted(int(image[0, 0, 0]) for batch in data.eval_loader(EvalImages(source, 16), 4, 2, CPU)
-                 for image in batch[0])
-    assert got == [25 * i for i in range(10)]
-
-
-def test_batches_depend_on_seed_step_and_position_alone(monkeypatch):
-    whole = [b[0] for b in stream(Tiny())]
-    with_workers = [b[0] for b in stream(Tiny(), workers=2)]
-    later = [b[0] for b in stream(Tiny(), start=4)]
-    assert all(torch.equal(a, b) for a, b in zip(whole, with_workers))
-    assert len(later) == 2 and all(torch.equal(a, b) for a, b in zip(whole[4:], later))
-    split = [b[0] for b in stream(Tiny(), accum=2)]
-    assert torch.equal(torch.cat(split[:2]), whole[0])
-    shares = []
-    for rank in range(2):
-        monkeypatch.setattr(data.runtime, "world", lambda: 2)
-        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
-        shares.append([b[0] for b in stream(Tiny())])
-    assert all(torch.equal(torch.cat(pair), w) for *pair, w in zip(*shares, whole))
-
-
-def test_an_epoch_shows_every_image_once():
-    images = TrainImages(Tiny(), 16, "random", seed=3)
-    seen = []
-    for n in range(60):
-        images[n]
-        seen.append(int(images.order[n % 20]))
-    assert all(sorted(seen[20 * e:20 * e + 20]) == list(range(20)) for e in range(3))
-    assert seen[:20] != seen[20:40] != list(range(20))
-
-
-def test_eval_images_come_once_over_all_processes(monkeypatch):
-    indices = []
-    for rank in range(3):
-        monkeypatch.setattr(data.runtime, "world", lambda: 3)
-        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
-        indices += itertools.chain(*data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, n=17).batch_sampler)
-    assert len(indices) == len(set(indices)) == 17 and set(indices) <= set(range(20))
-
-
-def test_choose_takes_some_of_all_and_always_the_same():
-    assert data.choose(7, 0).tolist() == data.choose(7, 7).tolist() == data.choose(7, 8).tolist() == [*range(7)]
-    some = data.choose(1000, 100)
-    assert np.array_equal(some, data.choose(1000, 100)) and (np.diff(some) > 0).all() and 0 <= some[0]
-    assert len(some) == 100 and some[-1] < 1000
-    assert (np.histogram(some, 4, (0, 1000))[0] > 10).all()  # from everywhere, not the first class
-
-
-def test_crops():
-    ramp = np.tile(np.arange(200, dtype=np.uint8), (100, 1))
-    image = Image.merge("RGB", [Image.fromarray(ramp)] * 3)  # 200 wide, 100 high, value = x
-    centre = data.center(image, 100)
-    assert centre.shape == (100, 100, 3) and (centre[0, 0, 0], centre[0, -1, 0]) == (50, 149)
-    rng = np.random.default_rng(0)
-    outs = [data.augment(image, 100, "random", rng).astype(int) for _ in range(50)]
-    steps = [o[0, 60, 0] - o[0, 40, 0] for o in outs]
-    assert set(np.sign(steps)) == {-1, 1} and all(abs(abs(s) - 20) <= 1 for s in steps)  # flips, scale 1
-    assert len({o.min() for o in outs}) > 20  # places
-    zooms = [abs(o[0, 60, 0] - o[0, 40, 0]) for o in (data.augment(image, 100, "resized", rng).astype(int)
-                                                      for _ in range(100))]
-    assert 17 <= min(zooms) < 19 and 19 < max(zooms) <= 20  # side sqrt(0.75 .. 1)
-    assert np.array_equal(data.augment(image, 100, "center", rng), centre)
-    square = Shapes().load(5, 120)
-    for size in (47, 200):  # PyTorch's resize is PIL's
-        outs = [data.augment(square, size, "random", rng) for _ in range(8)]
-        expected = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-        errors = [min(np.abs(out - e).max() for e in (expected, expected[:, ::-1])) for out in outs]
-        assert max(errors) <= 1
-
-
-def test_float_range():
-    x = data.to_float(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4), CPU)
-    assert x[0].eq(-1).all() and x[1].eq(1).all()
-    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
-    for dtype in (torch.float32, torch.float64):
-        assert torch.equal(data.to_uint8(data.to_float(every, CPU).to(dtype)), every)
-    assert data.to_uint8(torch.tensor([-1.2, 0.003, 0.005, 0.013, 1.5])).tolist() == [0, 128, 128, 129, 255]
-
-
-@pytest.mark.parametrize("w, scale", [(4, 24), (32, 3), (64, 1), (200, 1)])
-def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path, w, scale):
-    torch.manual_seed(0)
-    images = torch.randint(256, (5, 3, 6, w), dtype=torch.uint8)
-    data.save_grid(tmp_path / "new" / "g.png", data.to_float(images, CPU), columns=3)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["g.png"]
-    expected = np.full((2 * 8 + 2, 3 * (w + 2) + 2, 3), 255)
-    for i, image in enumerate(images):
-        y, x = 2 + i // 3 * 8, 2 + i % 3 * (w + 2)
-        expected[y:y + 6, x:x + w] = image.permute(1, 2, 0)
-    grid = np.asarray(Image.open(tmp_path / "new" / "g.png"))
-    assert np.array_equal(grid, expected.repeat(scale, 0).repeat(scale, 1))
-
-
-def broken_folder(tmp_path, good, bad):
-    for i in range(good):
-        Shapes().load(i, 32).save(tmp_path / f"{i:03}.jpg")
-    for i in range(bad):
-        whole = (tmp_path / "000.jpg").read_bytes()
-        (tmp_path / f"bad{i}.jpg").write_bytes([whole[:300], b"", b"text"][i % 3])
-    return Folder(tmp_path)
-
-
-def test_unreadable_images_are_named_skipped_and_counted(tmp_path, capsys):
-    source = broken_folder(tmp_path, 120, 1)
-    bad = data.Bad(source)
-    for images, _, index in stream(source, iters=40):
-        bad(index)
-        assert images.float().std((1, 2, 3)).min() > 0  # another image stands in its place
-    out = capsys.readouterr().out
-    assert out.count("skipped") == 1 and "bad0.jpg" in out and len(bad.found) == 1 and bad.seen == 320
-    index = torch.cat([b[2] for b in data.eval_loader(EvalImages(source, 16), 8, 0, CPU)])
-    assert (index >= 0).sum() == 1 and source.name(int(index.max())).endswith("bad0.jpg")
-
-
-def test_too_many_unreadable_images_stop_the_run(tmp_path):
-    source = broken_folder(tmp_path, 30, 3)
-    bad = data.Bad(source)
-    with pytest.raises(BadInput, match="can't be read"):
-        for _, _, index in stream(source, iters=40):
-            bad(index)
-
-
-def test_a_folder_of_nothing_readable(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(BadInput, match=r"1 of 1 images can't be read.*a\.png"):
-        data.Bad(Folder(tmp_path))(TrainImages(Folder(tmp_path), 16, "random", 0)[0][2] * torch.ones(1, dtype=int))
-
-
-def test_bad_sources_are_refused(tmp_path, photos):
+def test_what_is_no_set_of_images_is_refused(refused, tmp_path, photos):
+    assert "--val" in refused("train_tokenizer", "--data", photos, "--out", tmp_path / "out")
+    assert "photos" in refused("data", "--data", photos, "--split", "val")  # too few for that
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.tar").write_bytes(b"")
-    for spec, words in [(str(tmp_path / "none"), "no such folder"), (str(tmp_path / "empty"), "holds no images"),
-                        (str(tmp_path / "file.tar"), "no such folder"),
-                        ("lsun:" + str(tmp_path), "no lmdb")]:
-        with pytest.raises(BadInput, match=words):
-            data.open_source(spec)
-    Image.new("RGB", (20, 20)).save(photos / "stray.png")
-    with pytest.raises(BadInput, match="both images"):
-        data.open_source(str(photos))
-
-
-def test_an_empty_lmdb_is_refused(tmp_path):
-    lmdb = pytest.importorskip("lmdb")
-    lmdb.open(str(tmp_path / "empty"), map_size=1 << 24).close()
-    with pytest.raises(BadInput, match="empty"):
-        data.open_source(f"lsun:{tmp_path / 'empty'}")
-
-
-def test_signatures_tell_data_sets_apart(tmp_path):
-    for name, first in (("a", 0), ("b", 50), ("c", 0)):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            draw(first + i, i, 32).save(tmp_path / name / f"{i}.png")
-    a, b, c = (Folder(tmp_path / name).signature() for name in "abc")
-    assert a == c != b and Shapes("val").signature() != Shapes().signature()
+    Image.new("RGB", (20, 20)).save(photos / "stray.png")  # beside class folders
+    folders = [str(tmp_path / name) for name in ("absent", "file.tar", "empty", "photos")]
+    for spec in (*folders, "lsun:absent", "torchvision:Imagenete", "torchvision:ImageFolder"):
+        assert spec in refused("data", "--data", spec)
 
 
 def test_signatures_are_of_what_is_in_the_files(photos):
-    first = Folder(photos).signature()
-    path = photos / "cats" / "grey.png"
+    path, found = photos / "cats/grey.png", {Folder(photos).signature()}
+    assert found == {Folder(photos).signature()}
     Image.new("L", (64, 64)).save(path)  # another picture under the same name
-    second = Folder(photos).signature()
-    path.rename(photos / "cats" / "black.png")
-    third = Folder(photos).signature()
-    (photos / "cats" / "black.png").rename(photos / "dogs" / "black.png")
-    assert len({first, second, third, Folder(photos).signature()}) == 4
+    found.add(Folder(photos).signature())
+    for name in ("cats/black.png", "dogs/black.png"):
+        path = path.rename(photos / name)
+        found.add(Folder(photos).signature())
+    found |= {Part(Folder(photos), split).signature() for split in ("train", "val")}
+    assert len(found) == 6
 
 
-def test_small_images_are_refused(photos):
-    data.check_size(Folder(photos), 32, photos)
-    with pytest.raises(BadInput, match="smaller than the crop"):
-        data.check_size(Folder(photos), 256, photos)
+def test_one_image_in_twenty_is_held_out_by_its_name(many_photos, monkeypatch):
+    its, held = map(contents, both_parts(many_photos))
+    assert its | held == contents(Folder(many_photos)) and not its.keys() & held
+    assert 2 <= len(held) <= 20 and len(its) + len(held) == 160
+    for part in both_parts(many_photos):
+        for i in range(len(part)):
+            assert np.array_equal(part.load(i)[0], Image.open(many_photos / part.name(i)))
+
+    for i in range(160, 200):  # some come, some go: the others stay where they are
+        Image.new("RGB", (9, 9)).save(many_photos / f"cats/{i}.png")
+    gone = {f"dogs/{i}.png" for i in range(1, 160, 4)} | {min(held), min(its)}
+    for name in gone:
+        (many_photos / name).unlink()
+    its_now, held_now = map(contents, both_parts(many_photos))
+    assert its.keys() - gone <= its_now.keys() and held.keys() - gone <= held_now.keys()
+
+    monkeypatch.setattr(Tiny, "SIZES", {"train": 4000})
+    assert 150 < len(Part(Tiny(), "val")) < 250
 
 
-def open_data(training=None, val=None, batch_size=1, like=None):
-    args = Namespace(data=training and str(training), val=val and str(val), image_size=32, batch_size=batch_size)
-    return args, *data.open_data(args, like)
+def test_data_and_val(photos, many_photos, capsys):
+    def sizes(training, val):
+        args = Namespace(data=training and str(training), val=val and str(val))
+        return [len(part) for part in data.open_data(args)]
+
+    assert sizes(None, None) == [60, 12] and "NO --data" in capsys.readouterr().out
+    assert sizes("shapes", None) == [60, 12] and "NO --data" not in capsys.readouterr().out
+    assert sizes(many_photos, None) == [len(part) for part in both_parts(many_photos)]
+    assert sizes(many_photos, photos) == [160, 8] and sizes(photos, "shapes") == [8, 12]
 
 
-def test_data_and_val(photos, capsys):
-    args, source, val = open_data()
-    assert args.data == "shapes" and "NO --data: TRAINING ON DRAWN PICTURES" in capsys.readouterr().out
-    for _ in range(2):
-        assert (len(source), len(val)) == (20_000, 2_000) and source.signature() != val.signature()
-        args, source, val = open_data("shapes")
-        assert capsys.readouterr().out == ""  # as asked for
-    for training in (photos, "shapes"):
-        _, source, val = open_data(training, photos)
-        assert val is not source and len(val) == 8 and "no --val" not in capsys.readouterr().out
-    _, source, val = open_data(photos, "shapes")
-    assert len(val) == 2_000
-    args, source, val = open_data(like={"data": str(photos), "val": "shapes"})  # of the tokenizer
-    assert (args.data, args.val, len(source), len(val)) == (str(photos), "shapes", 8, 2_000)
-    with pytest.raises(BadInput, match="8 training images, fewer than --batch_size 9"):
-        open_data(photos, photos, batch_size=9)
-    Image.new("RGB", (8, 8)).save(photos / "cats" / "small.png")  # one does no harm, a majority does
-    open_data("shapes", photos)
-    for i in range(9):
-        Image.new("RGB", (8, 8)).save(photos / "cats" / f"small{i}.png")
-    for training, val in ((photos, None), ("shapes", photos)):
-        with pytest.raises(BadInput, match=f"{photos}: images are smaller than the crop"):
-            open_data(training, val)
+def test_lsun_is_read_in_workers(tmp_path):
+    import lmdb
+    with lmdb.open(str(tmp_path), map_size=1 << 24) as env, env.begin(write=True) as writer:
+        for i in range(10):
+            file = io.BytesIO()
+            Image.new("RGB", (40, 30), (25 * i, 0, 0)).save(file, "WEBP", lossless=True)
+            writer.put(f"key{i}".encode(), file.getvalue())
+    source, again = (data.open_source(f"lsun:{tmp_path}") for _ in range(2))  # --data and --val
+    assert contents(source) == {f"key{i}": 0 for i in range(10)} and len(source.classes) == 0
+    assert source.signature() == again.signature()
+    assert source.load(2)[0].getpixel((5, 5)) == (50, 0, 0)  # open here, then in the workers
+    images, _, _ = gather(data.eval_loader(EvalImages(source, 16), 4, 2, CPU))
+    assert images[:, 0, 0, 0].tolist() == [25 * i for i in range(10)]
+    assert sum(map(len, both_parts(f"lsun:{tmp_path}"))) == 10
 
 
-def test_validation_images_are_held_out(tmp_path, photos, capsys):
-    for i in range(200):
-        folder = tmp_path / "many" / "ab"[i % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.png")
-    _, source, val = open_data(tmp_path / "many")
-    assert "64 of the images are held out" in capsys.readouterr().out and source.classes == val.classes == ["a", "b"]
-    values = [[part.load(i).getpixel((0, 0))[0] for i in range(len(part))] for part in (source, val)]
-    assert len(values[1]) == 64 and sorted(values[0] + values[1]) == [*range(200)]
-    for part, its in zip((source, val), values):
-        assert [part.label(i) for i in range(len(part))] == [value % 2 for value in its]
-        assert [part.name(i).split("/")[-1] for i in range(len(part))] == [f"{value}.png" for value in its]
-    for split, its in zip(("train", "val"), values):  # the same ones for fid.py and data.py
-        part = data.open_part(str(tmp_path / "many"), split)
-        assert [part.load(i).getpixel((0, 0))[0] for i in range(len(part))] == its
-    assert len(data.open_part(str(tmp_path / "many"), "val", False)) == 200
-    assert len(data.open_part("shapes", "val")) == 2_000
-    signatures = {part.signature() for part in (source, val, data.open_source(str(tmp_path / "many")))}
-    assert len(signatures) == 3
-    sizes = {n: len(data.hold_out(Part(Shapes(), np.arange(n)), "x")[1]) for n in (1000, 10_000)}
-    assert sizes == {1000: 64, 10_000: 200}
-    with pytest.raises(BadInput, match="8 images, too few to hold out 64 of them for validation: give --val"):
-        open_data(photos)
-    many = Folder(tmp_path / "many")
-    many.classes, many.labels[data.choose(200, 64)[5]] = ["a", "b", "rare"], 2  # its one image is held out
-    with pytest.raises(BadInput, match="all of class rare: give --val"):
-        data.hold_out(many, "many")
-
-
-def test_torchvision_by_name(tmp_path, monkeypatch, capsys, imagenette):
+def test_torchvision_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = data.open_source("torchvision:FakeData")
-    assert (len(source), len(source.classes), source.splits) == (1000, 10, False)
-    assert source.load(3).size == (224, 224) and source.load(3).mode == "RGB" and source.label(3) in range(10)
-    assert source.label(3) == source.set[3][1]
-    assert source.signature() == data.open_source("torchvision:FakeData").signature()
-    _, training, val = open_data("torchvision:FakeData")
-    assert (len(training), len(val)) == (936, 64)
-    # Imagenette's layout; what is there is not downloaded again
-    folder = imagenette(train=3, val=2)
-    args, source, val = open_data("torchvision:Imagenette")
-    assert (len(source), len(val), source.splits) == (30, 20, True) and source.signature() != val.signature()
-    assert source.classes == val.classes and source.classes[:2] == ["tench", "English springer"]
-    assert [source.label(i) for i in range(0, 30, 3)] == [*range(10)] and source.load(29).size == (40, 50)
-    assert len(data.open_source("torchvision:Imagenette", "val")) == 20
-    images, labels, index = EvalImages(source, 32)[29]
-    assert images.shape == (3, 32, 32) and (labels, index) == (9, -1)
-    (folder / "train" / "n01440764" / "1.JPEG").write_bytes(b"x")
-    assert TrainImages(source, 32, "random", 0).view(1, 0)[1:] == (0, 1) and EvalImages(source, 32)[1][2] == 1
-    assert capsys.readouterr().out.count("note") == 0
+    cifar = torchvision.datasets.CIFAR10  # its layout, without the checksums of its files
+    for name, value in (("train_list", [["some", None]]), ("test_list", [["others", None]]),
+                        ("meta", cifar.meta | {"md5": None})):
+        monkeypatch.setattr(cifar, name, value)
+    folder = tmp_path / "data" / cifar.base_folder
+    folder.mkdir(parents=True)
+    rows = np.random.default_rng(0).integers(0, 256, (5, 3072), dtype=np.uint8)
+    for name, content in (("some", {"data": rows, "labels": [*range(5)]}),
+                          ("others", {"data": rows[:2], "labels": [9, 8]}),
+                          ("batches.meta", {"label_names": [*"abcdefghij"]})):
+        (folder / name).write_bytes(pickle.dumps(content))
+    source, val = both_parts("torchvision:CIFAR10")
+    assert [[*contents(part).values()] for part in (source, val)] == [[0, 1, 2, 3, 4], [9, 8]]
+    assert source.classes == val.classes == [*"abcdefghij"]
+    assert (array(source.load(3)[0]).transpose(2, 0, 1).ravel() == rows[3]).all()
+    assert source.signature() == both_parts("torchvision:CIFAR10")[0].signature() != val.signature()
+    monkeypatch.setattr(cifar, "__getitem__", lambda *_: (Image.new("L", (9, 9)), torch.zeros(40)))
+    unlabelled = data.open_source("torchvision:CIFAR10")  # as CelebA is, with 40 an image
+    assert unlabelled.classes == [] and {*contents(unlabelled).values()} == {0}
+
+    # Imagenette's: a split by name, names of classes in tuples; one image is unreadable
+    folders = torchvision.datasets.imagenette.Imagenette._WNID_TO_CLASS
+    files = ("train", "0.JPEG"), ("train", "1.JPEG"), ("val", "0.JPEG")
+    for folder, (split, name) in itertools.product(folders, files):
+        path = tmp_path / "data/imagenette2" / split / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 50), (200, 0, 0)).save(path)
+    source, val = both_parts("torchvision:Imagenette")
+    assert [*contents(source).values()][::2] == [*contents(val).values()] == [*range(10)]
+    assert source.classes[1] == "English springer" and source.load(9)[0].size == (40, 50)
+    path.write_bytes(b"x")
+    assert [bool(EvalImages(val, 8)[i][2]) for i in (8, 9)] == [False, True]
 
 
-class Attributes(torchvision.datasets.FakeData):  # as CelebA's 40
-    def __getitem__(self, i):
-        return super().__getitem__(i)[0], torch.zeros(40)
+def over_white(rgba):
+    """(H, W, 4) -> (H, W, 3), in exact arithmetic."""
+    alpha = array(rgba)[..., 3:] / 255
+    return array(rgba)[..., :3] * alpha + 255 * (1 - alpha)
 
 
-class Moving(torchvision.datasets.FakeData):  # as MovingMNIST
-    def __getitem__(self, i):
-        return torch.zeros(20, 1, 64, 64), 0
+def test_every_mode_is_decoded_as_slow_references_do(photos, tmp_path):
+    source = Folder(photos)
+    found = {source.name(i)[5:]: source.load(i)[0] for i in range(8)}
+    raw = {path.name: Image.open(path) for path in photos.glob("*/*")}
+    exact = {name: array(image.convert("RGB")) for name, image in raw.items()}
+    exact["turned.jpeg"] = np.rot90(exact["turned.jpeg"], -1)
+    exact["sixteen.png"] = np.stack([array(raw["sixteen.png"]) // 257] * 3, 2)
+    exact["alpha.png"] = over_white(raw["alpha.png"])
+    assert exact.keys() == found.keys()
+    for name, image in found.items():
+        assert image.mode == "RGB" and np.asarray(image).std() > 5, name
+        assert np.abs(array(image) - exact[name]).max() <= (name == "alpha.png"), name
+
+    la = Image.fromarray(noise(8, 30, 20, 4)).convert("LA")
+    la.save(tmp_path / "la.png")
+    error = array(data.decode(tmp_path / "la.png")) - over_white(la.convert("RGBA"))
+    assert np.abs(error).max() <= 1
+    key = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
+    key.save(tmp_path / "key.png", transparency=(9, 8, 7))  # this colour is transparent
+    assert array(data.decode(tmp_path / "key.png")).tolist() == [[[255] * 3, [1, 2, 3]]]
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.tiff")
+    assert (array(data.decode(tmp_path / "deep.tiff")) == 40_000 // 257).all()
 
 
-def test_torchvision_sets_that_do_not_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, words in (("Imagenete", "no data set that torchvision downloads, but Imagenette"),
-                        ("ImageFolder", "no data set"), ("xyz", "but FakeData, CIFAR10, CIFAR100, ")):
-        with pytest.raises(BadInput, match=f"torchvision:{name}: .*{words}"):
-            data.open_source(f"torchvision:{name}")
-    monkeypatch.setattr(torchvision.datasets, "FakeData", Attributes)
-    source = data.open_source("torchvision:FakeData")
-    assert source.classes == [] and source.label(5) == 0 and "without labels" in capsys.readouterr().out
-    monkeypatch.setattr(torchvision.datasets, "FakeData", Moving)
-    with pytest.raises(BadInput, match="torchvision:FakeData is no set of images"):
-        data.open_source("torchvision:FakeData")
+def test_what_can_not_be_decoded_raises(tmp_path, monkeypatch):
+    """PostScript in a .jpg among it: none of it is run."""
+    picture, whole = Image.fromarray(noise(0, 30, 20)), tmp_path / "whole.png"
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: picture.im)
+    picture.save(whole)
+    assert data.decode(whole).size == (30, 20)
+    picture.save(tmp_path / "script.jpg", "EPS")
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.fromarray(np.eye(9, dtype=np.float32)).save(tmp_path / "floats.tiff")
+    for path in {*tmp_path.iterdir()} - {whole}:
+        with pytest.raises((OSError, ValueError)):
+            data.decode(path)
+    for size, word in (("15000 13000", "truncated"), ("15001 16667", "pixels")):
+        (tmp_path / "large.ppm").write_bytes(f"P4 {size}\n".encode())
+        with pytest.raises((OSError, ValueError), match=word):  # the first is not too large
+            data.decode(tmp_path / "large.ppm")
 
-    def offline(*_, **__):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
-    with pytest.raises(BadInput, match="torchvision:CIFAR10 is not in data/, and can't be downloaded: no route"):
-        data.open_source("torchvision:CIFAR10")
+
+def test_jpegs_are_decoded_at_a_fraction_only_where_fast(tmp_path):
+    Shapes().load(3, 512)[0].save(tmp_path / "a.jpg", quality=95)
+    source = Folder(tmp_path)
+    for size, fast, side in ((100, False, 512), (0, True, 512), (100, True, 128), (128, True, 128),
+                             (129, True, 256), (600, True, 512)):
+        assert source.load(0, size, fast)[0].size == (side, side)
 
 
-def test_data_py_checks_and_exports(script, photos, tmp_path, capsys):
-    out = tmp_path / "export"
-    script("data", "--data", photos, "--image_size", 32, "--preview", tmp_path / "p.png", "--out", out, "--workers", 0)
+# --------------------------------------------------- crops, order, unreadable images, data.py
+
+def test_crops_are_those_of_the_resized_image_and_come_from_everywhere():
+    image = Image.fromarray(noise(0, 80, 40))
+    resized = np.asarray(image.resize((40, 20), Image.Resampling.BICUBIC))
+    for x in range(21):
+        assert np.array_equal(data.square(image, 20, 2 * x, 0, 40), resized[:, x:x + 20])
+    for view in (data.center(image, 20), data.augment(image, 20, "center", None)):
+        assert np.array_equal(view, resized[:, 10:30])
+
+    x, y = np.meshgrid(np.arange(80), np.arange(40))
+    ramp = Image.fromarray(np.stack([x, y, y], 2).astype(np.uint8))  # a pixel is its place
+    rng = np.random.default_rng(0)
+    for crop, sides in (("random", {40}), ("resized", {*range(35, 41)})):  # 40 sqrt(0.75 .. 1)
+        views = np.stack([data.augment(ramp, 40, crop, rng) for _ in range(600)]).astype(int)
+        left, right, bottom = views[:, 20, 0, 0], views[:, 20, -1, 0], views[:, -1, 20, 1]
+        assert {*np.round(abs(right - left) * 40 / 39)} == sides
+        assert {*np.minimum(left, right)} >= {*range(41)} and 0.4 < (left < right).mean() < 0.6
+        assert (bottom.min(), bottom.max()) == (min(sides) - 1, 39)
+
+
+def test_batches_are_a_function_of_seed_and_position(monkeypatch):
+    """Not of workers, micro-batches, processes or the step a run starts at."""
+    whole, seen, _ = stream(Tiny(), iters=8)
+    for n in (0, 19, 20, 63):
+        assert torch.equal(whole[n], TrainImages(Tiny(), 16, "random", seed=3)[n][0])
+    assert not torch.equal(whole[0], TrainImages(Tiny(), 16, "random", seed=4)[0][0])
+    order = TrainImages(Tiny(), 16, "random", seed=3)
+    assert len({order.view(0, n)[0].numpy().tobytes() for n in range(20)}) == 2  # flipped or not
+    for options in (dict(workers=2), dict(accum=2), dict(start=4)):
+        images = stream(Tiny(), iters=8, **options)[0]
+        assert torch.equal(whole[-len(images):], images)
+    monkeypatch.setattr(data.runtime, "world", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
+        shares.append(stream(Tiny(), iters=8, accum=2)[0].split(2))
+    assert torch.equal(whole, torch.cat([*itertools.chain(*zip(*shares))]))
+
+    epochs = seen[:20], seen[20:40], seen[40:60]
+    assert all(sorted(epoch) == [*range(20)] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and [*range(20)] not in epochs
+
+
+def test_count_takes_images_from_everywhere_and_each_once_over_all_processes(monkeypatch):
+    assert data.spread(7) == data.spread(7, 7) == data.spread(7, 8) == [*range(7)]
+    some = data.spread(1000, 100)
+    assert len(some) == 100 and some[0] == 0 and some[-1] == 999 and {*np.diff(some)} == {10, 11}
+    monkeypatch.setattr(data.runtime, "world", lambda: 3)
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
+        dealt += data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, count=17).batch_sampler
+    assert sorted(itertools.chain(*dealt)) == data.spread(20, 17) and len(dealt) == 6
+
+
+def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path):
+    images = torch.from_numpy(np.stack([noise(i, 32, 6) for i in range(5)]))  # (5, 6, 32, 3)
+    path = tmp_path / "new/g.png"
+    data.save_grid(path, data.to_float(images.movedim(3, 1), CPU), columns=3)
+    expected = np.full((2 * 8 + 2, 3 * 34 + 2, 3), 255)
+    for i, image in enumerate(images):
+        y, x = 2 + i // 3 * 8, 2 + i % 3 * 34
+        expected[y:y + 6, x:x + 32] = image
+    assert np.array_equal(Image.open(path), expected.repeat(3, 0).repeat(3, 1))  # enlarged
+
+
+def test_unreadable_images_are_named_skipped_and_counted(many_photos, capsys):
+    """More than one percent of them end a run."""
+    (many_photos / "cats/bad.png").write_bytes(b"x")
+    source = Folder(many_photos)
+    images, _, reasons = stream(source, size=8, iters=45)
+    assert images.float().std((1, 2, 3)).min() > 0  # another image stands in its place
+    bad = data.Bad(source)
+    bad(reasons)
+    bad(reasons)
+    out = capsys.readouterr().out
+    assert out.count("skipped") == 1 and "cats/bad.png" in out and len(bad.found) == 1
+    images, _, reasons = gather(data.eval_loader(EvalImages(source, 16), 8, 0, CPU))
+    black = images.flatten(1).sum(1) == 0
+    assert [*map(bool, reasons)] == black.tolist() and "bad.png" in max(reasons)
+
+    (many_photos / "dogs/1.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="2 of 161"):
+        data.Bad(source)(stream(source, size=8, iters=45)[2])
+    bad = data.Bad(range(1_000_000))  # of a large set: 1 % of what was seen, at least of 1,000
+    for reasons in ([f"{i}.png" for i in range(10)], [""] * 1990, map(str, range(10))):
+        bad([*reasons])
+    with pytest.raises(SystemExit, match="21 of 1000000"):
+        bad(["20.png"])
+    source.files[:] = b"\xff.png"  # not one is readable, and a name that is no text is printed
+    for images in (TrainImages(source, 8, "random", 0), EvalImages(source, 8)):
+        assert b".png" in images[0][2].encode()
+
+
+def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_path, capsys):
+    preview, out = tmp_path / "p.png", tmp_path / "out"
+    flags = ("--data", photos, "--image_size", 32, "--workers", 0, "--preview", preview)
+    script("data", *flags, "--out", out)
     text = capsys.readouterr().out
-    assert "8 images, 2 classes" in text and "unreadable: 0 of 8" in text
-    assert len(list((out / "cats").iterdir())) == 4 and Image.open(next((out / "dogs").iterdir())).size == (32, 32)
-    assert Image.open(tmp_path / "p.png").size[0] > 32
-    with pytest.raises(BadInput, match="not empty"):
-        script("data", "--data", photos, "--out", out)
-    (photos / "dogs" / "broken.jpg").write_bytes(b"x")
-    with pytest.raises(BadInput, match="1 of 9"):
-        script("data", "--data", photos, "--preview", tmp_path / "p.png", "--workers", 0)
-    assert "broken.jpg" in capsys.readouterr().out
+    assert "8 images, 2 classes" in text and "cats: 4" in text and "unreadable: 0" in text
+    for i in range(8):
+        copy = Image.open(out / ("cats", "dogs")[i // 4] / f"{i:08}.png")
+        assert np.array_equal(copy, data.center(Folder(photos).load(i)[0], 32))
+    assert Image.open(preview).size[0] > 8 * 32
+    script("data", *flags, "--count", 3, "--out", tmp_path / "some")
+    assert len([*tmp_path.glob("some/*/*.png")]) == 3
+    (photos / "dogs/bad.png").write_bytes(b"")
+    assert "1 of 9" in refused("data", *flags)
+    text = capsys.readouterr().out
+    assert "bad.png" in text and "cats: 5" not in text  # it counts for no class

@@ -1,469 +1,330 @@
-"""train_prior.py and sample.py through their command lines: cache, training, resume, processes, samples, views."""
+"""train_prior.py and sample.py: code cache, training, resume, processes, samples, views."""
 import json
-import os
+import math
 import re
-import signal
-import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PRIOR, ROOT, launch, lines, load, same, save_prior, save_tokenizer
 from PIL import Image
-from test_train_tokenizer import lines, same
 
 import data
 import runtime
 import sample
 import train_prior
 import vq
-from miniature.shapes import Shapes, draw
-from runtime import BadInput
-from train_tokenizer import build, fingerprint, load_tokenizer
-from transformer import Transformer
+from miniature.shapes import Shapes
+from train_prior import EMPTY, encode_dataset, learning_rate
+from transformer import Transformer, load_prior
 
-PRIOR = ["--size", "tiny", "--iters", 4, "--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--views", 2,
-         "--log_every", 1, "--device", "cpu"]
-
-
-def save_tokenizer(path, seed=0, **options):
-    """A tokenizer checkpoint, untrained, with codes spread enough that images differ in them."""
-    torch.manual_seed(seed)
-    config = dict(channels=[16, 16], z_dim=8, codebook_size=16, quantizer="entropy") | options
-    model = build(config)
-    x = data.to_float(torch.stack([data.EvalImages(Shapes(), 16)[i][0] for i in range(16)]), torch.device("cpu"))
-    z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
-    model.quantizer.codebook.data = z[torch.randperm(len(z))[:16]].clone()
-    args = {"image_size": 16, "data": "shapes", "val": None}
-    torch.save({"kind": "tokenizer", "args": args, "step": 0, "config": config, "model": model.state_dict(),
-                "ema": None}, path)
-    return path
-
-
-def save_prior(path, tokenizer, **options):
-    """A prior's checkpoint, untrained, for the codes of that tokenizer."""
-    torch.manual_seed(0)
-    prior = Transformer("ar", "tiny", 16, 64, 10, **options)
-    args = {"data": "shapes", "val": None, "image_size": 16}
-    torch.save({"kind": "prior", "args": args, "step": 3, "config": prior.config, "model": prior.state_dict(),
-                "ema": None, "tokenizer": fingerprint(load_tokenizer(tokenizer)), "grid": 8,
-                "classes": list(Shapes.classes)}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer") / "ckpt.pt")
-
-
-@pytest.fixture(autouse=True)
-def few_shapes(monkeypatch):
-    monkeypatch.setattr(Shapes, "SIZES", {"train": 300, "val": 40})
+CPU, C = torch.device("cpu"), len(Shapes.classes)
 
 
 @pytest.fixture
 def train(script, tokenizer, tmp_path):
     def call(*words, out="prior"):
         script("train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / out, *words)
-        return torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+        return load(tmp_path / out / "ckpt.pt")
     return call
 
 
-def cache(run, split="train"):
-    """Codes (rows, N) and labels (rows,) of a run's one cache of this split."""
-    folder, = run.glob(f"codes/{split}-*")
-    assert sorted(path.name for path in folder.iterdir()) == ["codes.npy", "labels.npy"]
-    return np.load(folder / "codes.npy"), np.load(folder / "labels.npy")
+@pytest.fixture
+def phase_2(tokenizer, tmp_path):
+    """A tokenizer with the same codes and another decoder."""
+    one = load(tokenizer)
+    one["config"]["attention"] = 1
+    kept = {k: v for k, v in one["model"].items() if not k.startswith("decoder")}
+    one["model"] = vq.VQModel(**one["config"]).state_dict() | kept
+    torch.save(one, tmp_path / "phase2.pt")
+    return tmp_path / "phase2.pt"
 
 
-def test_the_cache_holds_the_codes_of_the_views(train, tmp_path, tokenizer, capsys):
-    train()
-    assert "no --data: shapes, as the tokenizer was trained on" in capsys.readouterr().out
-    rows, labels = cache(tmp_path / "prior")
-    assert rows.shape == (600, 64) and rows.dtype == np.uint16 and labels.dtype == np.int32
-    model, source = load_tokenizer(tokenizer), Shapes()
-    views = train_prior.Views(source, 16, "random", 2)
-    for row in (0, 1, 77, 599):
-        image, label, _ = views[row]
-        assert labels[row] == label == source.label(row // 2)
-        codes = model.encode(data.to_float(image[None], torch.device("cpu")))[1].flatten()
-        assert np.array_equal(rows[row], codes.numpy())
-    assert not np.array_equal(views[0][0], views[1][0]) or not np.array_equal(views[2][0], views[3][0])  # flips
-    val, _ = cache(tmp_path / "prior", "val")
-    image = data.EvalImages(Shapes("val"), 16)[5][0]
-    assert len(val) == 40
-    assert np.array_equal(val[5], model.encode(data.to_float(image[None], torch.device("cpu")))[1].flatten().numpy())
+def encode(folder, tokenizer, source, crop="random", views=2, size=16):
+    args = SimpleNamespace(image_size=size, workers=0)
+    return encode_dataset(folder, source, vq.load_tokenizer(tokenizer)[0], crop, views, args, CPU)
+
+
+def driver(path, change):
+    """A script that is train_prior.py with something changed."""
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, time\nimport data, "
+                    f"runtime, train_prior\n{change}\nruntime.launch(train_prior.main)\n")
+    return path
+
+
+def pictures(images):
+    return data.to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int)
+
+
+def cells(path, columns):
+    """The 16 x 16 images of a grid, row by row; it enlarges them six times."""
+    grid = np.asarray(Image.open(path))[::6, ::6][2:, 2:].astype(int)
+    grid = grid.reshape(-1, 18, columns, 18, 3).swapaxes(1, 2)
+    return grid[:, :, :16, :16].reshape(-1, 16, 16, 3)
+
+
+def test_the_cache_holds_the_codes_of_each_view(tokenizer, tmp_path):
+    model, _ = vq.load_tokenizer(tokenizer)
+    codes, labels = encode(tmp_path / "a", tokenizer, Shapes())
+    assert codes.shape == (120, 64) and codes.dtype == np.uint16 and labels.dtype == np.int32
+    for row in range(0, 120, 7):
+        image, label = Shapes().load(row // 2, 16)
+        view = data.augment(image, 16, "random", np.random.default_rng([0, row]))
+        x = torch.tensor(view.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        assert (codes[row] == model.encode(x)[1].flatten().numpy()).all() and labels[row] == label
+    assert (codes[::2] != codes[1::2]).any()  # flips
+    codes, _ = encode(tmp_path / "b", tokenizer, Shapes("val"), "center", 1)
+    x = data.to_float(data.EvalImages(Shapes("val"), 16)[5][0][None], CPU)
+    assert len(codes) == 12 and codes[5].tolist() == model.encode(x)[1].flatten().tolist()
+
+
+def test_a_killed_cache_goes_on(tokenizer, tmp_path, many_photos, monkeypatch):
+    """Killed before the fourth batch of ten: seven are left to do."""
+    script = driver(tmp_path / "driver.py", """
+def to_float(*args, batches=[], real=data.to_float):
+    batches.append(args)
+    return real(*args) if len(batches) < 4 else os.kill(os.getpid(), 9)
+data.to_float = to_float""")
+    words = [*PRIOR, "--tokenizer", tokenizer, "--data", many_photos, "--val", many_photos]
+    assert launch([script, *words, "--out", tmp_path / "p"], check=False).returncode == -9
+    path, = tmp_path.glob("p/codes/train-*/codes.npy")
+    assert ((np.load(path) != EMPTY).all(1) == (np.arange(320) < 96)).all()
+    source, made, real = data.open_source(str(many_photos)), [], vq.VQModel.encode
+    monkeypatch.setattr(vq.VQModel, "encode", lambda self, x: made.append(len(x)) or real(self, x))
+    for _ in range(2):  # the second time nothing is left to do
+        went_on = encode(tmp_path / "p/codes/train", tokenizer, source)
+        assert made == [32] * 7
+    whole = encode(tmp_path / "whole", tokenizer, source)
+    assert all(map(np.array_equal, whole, went_on)) and not (went_on[0] == EMPTY).any()
+
+
+def test_what_decides_the_codes_names_their_folder(tokenizer, phase_2, tmp_path, photos):
+    other, folders = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "codes"
+
+    def new(tokenizer=tokenizer, source=None, **options):
+        before = {*folders.glob("*")}
+        encode(folders / "train", tokenizer, source or Shapes("val"), **options)
+        return len({*folders.glob("*")} - before)
+    assert new() == 1 and new() == new(tokenizer=phase_2) == 0
+    changes = [dict(tokenizer=other), dict(source=Shapes()), dict(crop="resized"), dict(views=3),
+               dict(size=32), dict(source=data.open_source(str(photos)))]
+    for change in changes:
+        assert new(**change) == 1, change
+    Image.new("RGB", (64, 64)).save(photos / "cats/grey.png")  # another picture of that name
+    assert new(source=data.open_source(str(photos))) == 1
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_training_logs_and_keeps_the_best(train, tmp_path, kind):
-    state = train("--kind", kind, "--eval_every", 2, "--label_dropout", 0.2, "--ema", 0.9)
-    values = lines(tmp_path / "prior", "val")
-    assert values[0]["lnK"] == pytest.approx(np.log(16), rel=1e-5) and 0 < values[0]["H"] <= np.log(16)
-    assert values[-1]["H_minus_loss"] == pytest.approx(values[-1]["H"] - values[-1]["loss"], abs=1e-4)
-    best = torch.load(tmp_path / "prior" / "best.pt", weights_only=True)
-    assert best["step"] == min(values, key=lambda v: v["loss"])["step"]
-    assert state["config"]["kind"] == kind and state["config"]["null_class"]
-    # the average is there once, and is not what it averages
-    assert set(state) == {"kind", "args", "step", "torch", "config", "model", "optimizer", "ema", "tokenizer", "grid",
-                          "classes"}
-    assert state["ema"].keys() == state["model"].keys() and not same(state["ema"], state["model"])
+def test_a_step_is_the_mean_over_all_predicted_codes(kind):
+    torch.manual_seed(0)
+    model = Transformer(kind, "tiny", 16, 9, 5, dropout=0.0).train()
+    s, labels, u = torch.randint(16, (8, 9)), torch.randint(5, (8,)), torch.rand(8, 11)
+    parts = [(s[i], *model.corrupt(s[i], labels[i], u[i])) for i in (slice(0, 4), slice(4, 8))]
+    loss = train_prior.prior_step(model, parts, SimpleNamespace(dtype="fp32"))
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    tokens, labels, mask = model.corrupt(s, labels, u)
+    log_p = model(tokens, labels).double().log_softmax(-1)
+    picked = log_p.gather(-1, s[..., None])[..., 0]
+    smoothed = 0.9 * picked + 0.1 * log_p.mean(-1)
+    want = -(smoothed if kind == "nar" else picked)[mask].mean()
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads, rtol=1e-4, atol=1e-6)
 
 
-def test_the_best_is_known_after_a_resume(train, tmp_path, monkeypatch, signal_in):
-    """metrics.jsonl holds what the checkpoint does not: the lowest validation loss so far."""
-    words = ["--eval_every", 1, "--save_every", 1, "--resume"]
-    losses = iter([3.0, 1.0, 2.0, 1.5])
+def test_learning_rates_are_table_10s(tokenizer, tmp_path, monkeypatch):
+    words = ["train_prior.py", "--tokenizer", str(tokenizer), "--out", str(tmp_path / "x")]
+    for more, rates in [
+            ("", {0: 1e-4, 80_000: 1e-4, 790_000: 1e-4 * 0.05**0.5, 1_500_000: 5e-6}),
+            ("--kind nar", {0: 1e-4, 50_000: 1e-4, 775_000: 5e-5, 1_500_000: 0}),
+            ("--iters 1500 --lr 2e-3", {80: 2e-3, 790: 2e-3 * 0.05**0.5, 1500: 1e-4}),  # shrunk
+            ("--lr_end 1e-6 --decay_start 500000", {500_000: 1e-4, 1_000_000: 1e-5})]:
+        monkeypatch.setattr(sys, "argv", words + more.split())
+        args = train_prior.parse()
+        assert {n: learning_rate(n, args) for n in rates} == pytest.approx(rates), more
+
+
+@pytest.mark.parametrize("kind", ["ar", "nar"])
+def test_validation_equals_a_loop_and_best_is_the_best(train, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 70})  # more than a batch of 64
+    state = train("--kind", kind, "--lr", 0.02)
+    run = tmp_path / "prior"
+    codes, val = (np.load(path).astype(int) for path in sorted(run.glob("codes/*/codes.npy")))
+    values = lines(run, "val")
+    best = min(values, key=lambda value: value["loss"])
+    model, saved = load_prior(run / "best.pt")
+    assert saved["step"] == best["step"] and state["step"] == 6 and len(values) == 2
+    u, total, count = torch.rand(70, 66, generator=torch.Generator().manual_seed(0)), 0, 0
+    for i, s in enumerate(torch.from_numpy(val)):
+        tokens, _, mask = model.corrupt(s[None], None, u[i:i + 1])
+        log_p = model(tokens, torch.tensor([Shapes("val").label(i)])).log_softmax(-1)[0]
+        total -= log_p[torch.arange(64), s][mask[0]].sum().item()
+        count += mask.sum().item()
+    p = np.unique(codes, return_counts=True)[1] / codes.size
+    H, loss = -(p * np.log(p)).sum(), total / count
+    want = {"loss": loss, "H": H, "lnK": math.log(16), "H_minus_loss": H - loss}
+    assert {name: best[name] for name in want} == pytest.approx(want, abs=2e-5)
+    rates = [learning_rate(step, SimpleNamespace(**state["args"])) for step in range(6)]
+    assert [line["lr"] for line in lines(run, "train")] == pytest.approx(rates, rel=1e-5)
+
+
+def test_the_best_is_known_after_a_resume(train, tmp_path, monkeypatch, signal_at):
+    losses = iter([3.0, 1.0, math.nan, 2.0])
     monkeypatch.setattr(train_prior, "validate", lambda *args: next(losses))
-    best = []
-    for step in (2, 3, None):  # a signal keeps a step from its validation: the next start makes up for it
-        signal_in(step)
-        train(*words)
-        best.append(torch.load(tmp_path / "prior" / "best.pt", weights_only=True)["step"])
-    assert best == [1, 2, 2]
-    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, 2.0, 1.5]
+    for step in (4, None):  # the step of the signal is not validated
+        signal_at(step)
+        train("--eval_every", 1, "--iters", 5, "--resume")
+        assert load(tmp_path / "prior/best.pt")["step"] == 2
+    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, None, 2.0]
 
 
-def test_learning_rates_are_table_10s():
-    args = type("A", (), dict(lr=1e-4, lr_end=5e-6, decay_start=80_000, iters=1_500_000, kind="ar"))
-    rate = train_prior.learning_rate
-    assert rate(0, args) == rate(80_000, args) == 1e-4 and rate(1_500_000, args) == pytest.approx(5e-6)
-    assert rate(790_000, args) == pytest.approx(1e-4 * 0.05 ** 0.5)
-    args = type("A", (), dict(lr=1e-4, lr_end=0.0, decay_start=50_000, iters=1_500_000, kind="nar"))
-    assert rate(50_000, args) == 1e-4 and rate(775_000, args) == pytest.approx(5e-5) and rate(1_500_000, args) == 0
-
-
-class Killed(BaseException):
-    """Ends a script as SIGKILL would: nobody expects it."""
-
-
-def test_an_interrupted_cache_goes_on(train, tmp_path, monkeypatch):
-    """Killed between two chunks, after the last one, between the two files that they become, and before they go."""
-    monkeypatch.setattr(train_prior, "CHUNK", 256)
-    whole = train(out="whole")
-    save_file, calls, moment = runtime.save_file, [], ""
-
-    def to_float(images, device, real=data.to_float):
-        calls.append(len(images))
-        if moment == "to_float" and len(calls) == 10:  # in the second chunk of 256, by 32
-            raise Killed
-        return real(images, device)
-
-    def save(path, write):
-        if path.name == moment:
-            raise Killed
-        save_file(path, write)
-
-    def rmtree(path, real=train_prior.shutil.rmtree):
-        if moment == "rmtree":
-            raise Killed
-        real(path)
-    monkeypatch.setattr(data, "to_float", to_float)
-    monkeypatch.setattr(runtime, "save_file", save)
-    monkeypatch.setattr(train_prior.shutil, "rmtree", rmtree)
-    for moment, done in (("to_float", 1), ("labels.npy", 3), ("codes.npy", 3), ("rmtree", 3)):
-        out = f"cut at {moment}"
-        with pytest.raises(Killed):
-            train(out=out)
-        folder, = (tmp_path / out / "codes").iterdir()
-        assert len(list((folder / "chunks").iterdir())) == done
-        moment, calls = "", []
-        cut = train(out=out)
-        assert calls == ([32] * 10 + [24]) * (done < 3) + [32, 8]  # what was there is not made again; 40 of val
-        for split in ("train", "val"):
-            for file in ("codes.npy", "labels.npy"):
-                a, b = (next((tmp_path / run / "codes").glob(f"{split}-*")) / file for run in ("whole", out))
-                assert a.read_bytes() == b.read_bytes()
-        assert same(whole["model"], cut["model"])
-
-
-def test_codes_are_taken_where_they_fit_and_made_where_not(train, tmp_path, tokenizer, photos, monkeypatch):
-    """A cache lies in a folder named after what it was made from; another seed and another kind of prior share it."""
-    encoded, encode = [], vq.VQModel.encode
-    monkeypatch.setattr(Shapes, "SIZES", {"train": 30, "val": 12})
-    monkeypatch.setattr(vq.VQModel, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x))
-    train()
-    codes, other = tmp_path / "prior/codes", save_tokenizer(tmp_path / "other.pt", seed=1)
-    first = {path.name for path in codes.iterdir()}
-    for words, new in [(["--seed", 1], set()), (["--kind", "nar", "--dropout", 0], set()),
-                       (["--tokenizer", other], {"train", "val"}), (["--views", 3], {"train"}),
-                       (["--crop", "resized"], {"train"}), (["--data", photos, "--val", photos], {"train", "val"})]:
-        before = {path.name for path in codes.iterdir()}
-        encoded.clear()
-        train("--codes", codes, "--iters", 1, *words, out=f"x{words}")
-        assert {path.name.split("-")[0] for path in codes.iterdir() if path.name not in before} == new, words
-        assert bool(encoded) == bool(new)
-    one, two = (np.load(path / "codes.npy") for path in codes.glob("val-*") if len(np.load(path / "codes.npy")) == 12)
-    assert not np.array_equal(one, two)  # of the two tokenizers
-    Image.new("RGB", (64, 64)).save(photos / "cats/grey.png")  # another picture of the same name
-    before = len(list(codes.iterdir()))
-    train("--codes", codes, "--iters", 1, "--data", photos, "--val", photos, out="y")
-    assert len(list(codes.iterdir())) == before + 2 and first < {path.name for path in codes.iterdir()}
-
-
-def test_a_cache_runs_no_code(train, tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/marker",)
-    train()
-    folder, = (tmp_path / "prior/codes").glob("train-*")
-    np.save(folder / "labels.npy", np.array([Code()] * 600, dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError):
-        train("--codes", tmp_path / "prior/codes", out="x")
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_run_does_not_go_on_with_another_tokenizer(train, tmp_path, tokenizer, signal_in):
-    path = tmp_path / "tokenizer.pt"
-    path.write_bytes(tokenizer.read_bytes())
-    signal_in(2)
-    train("--tokenizer", path)
-    signal_in(None)
-    save_tokenizer(path, seed=1)  # trained on in the meantime
-    with pytest.raises(BadInput):
-        train("--tokenizer", path, "--resume")
-
-
-def test_a_resumed_prior_is_the_undisturbed_one(train, signal_in):
-    words = ["--dropout", 0.1, "--kind", "nar", "--accum", 2, "--label_dropout", 0.2, "--ema", 0.9]
+def test_resume_is_exact(train, script, tmp_path, signal_at, tokenizer, refused):
+    words = ["--kind", "nar", "--accum", 2, "--label_dropout", 0.2]
     whole = train(*words, out="whole")
-    signal_in(2)
+    signal_at(2)
     assert train(*words, out="parts")["step"] == 2
-    signal_in(None)
-    parts = train(*words, "--resume", out="parts")
-    assert all(same(whole[k], parts[k]) for k in ("model", "optimizer", "step", "ema"))
-
-
-def test_a_folder_without_val(train, tmp_path, many_photos, capsys):
-    train("--data", many_photos)
-    out = capsys.readouterr().out
-    assert "64 of the images are held out" in out and "no --data" not in out
-    assert cache(tmp_path / "prior")[0].shape == (2 * 96, 64) and cache(tmp_path / "prior", "val")[0].shape == (64, 64)
-    state = torch.load(tmp_path / "prior/ckpt.pt", weights_only=True)
-    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 2
-    assert train("--data", many_photos, "--classes", 0, out="without")["config"]["classes"] == 0
-
-
-def test_sigterm_saves(tokenizer, tmp_path, photos):
-    words = [sys.executable, ROOT / "train_prior.py", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / "p",
-             "--iters", 100000, "--data", photos, "--val", photos]
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    assert "stopped by a signal" in process.stdout.read() and process.wait(60) == 0
-    assert torch.load(tmp_path / "p" / "ckpt.pt", weights_only=True)["step"] >= 3
-
-
-@pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_accumulation_equals_the_large_batch(train, monkeypatch, kind):
-    from test_train_tokenizer import gradients
-    words = ["--kind", kind, "--iters", 1, "--dropout", 0]
-    large, = gradients(monkeypatch, lambda: train(*words, out="large"))
-    small, = gradients(monkeypatch, lambda: train(*words, "--accum", 4, out="small"))
-    for g, h in zip(large, small):
-        assert torch.allclose(g, h, rtol=1e-4, atol=1e-6)
-
-
-def test_two_processes_equal_one(launch, tokenizer, tmp_path, photos):
-    for i in range(70):  # more than one block of the validation, more than one chunk of the cache
-        draw(i, i % 10, 20).save(photos / ("cats", "dogs")[i % 2] / f"{i}.png")
-    words = ["train_prior.py", *PRIOR, "--tokenizer", tokenizer, "--data", photos, "--val", photos, "--kind", "nar",
-             "--dropout", 0, "--lr", 1e-4, "--views", 4]
-    launch([*words, "--out", tmp_path / "one"])
-    launch([*words, "--out", tmp_path / "two"], processes=2)
-    for part in ("train", "val"):
-        assert all(map(np.array_equal, cache(tmp_path / "one", part), cache(tmp_path / "two", part)))
+    signal_at(None)
+    script("train_prior", "--out", tmp_path / "parts", "--resume")  # the flags are the run's
+    parts = load(tmp_path / "parts/ckpt.pt")
+    assert all(same(whole[k], parts[k]) for k in ("model", "opt", "step"))
     for split in ("train", "val"):
-        for a, b in zip(lines(tmp_path / "one", split), lines(tmp_path / "two", split), strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    words = ["sample.py", "--prior", tmp_path / "one/ckpt.pt", "--tokenizer", tokenizer, "--count", 10, "--steps", 3,
-             "--batch_size", 4, "--device", "cpu"]
-    launch([*words, "--out", tmp_path / "s1"])
-    launch([*words, "--out", tmp_path / "s2"], processes=2)
+        assert lines(tmp_path / "whole", split) == lines(tmp_path / "parts", split)
+    save_tokenizer(tokenizer, seed=1)  # trained on in the meantime: other codes
+    assert str(tokenizer) in refused("train_prior", "--out", tmp_path / "parts", "--resume")
+
+
+def test_help_needs_no_tokenizer(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nor minds a run
+    runtime.save_file("runs/prior/ckpt.pt", lambda file: None)
+    with pytest.raises(SystemExit, match="^0$"):
+        script("train_prior", "--help")
+
+
+def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, monkeypatch):
+    state = train("--data", many_photos, "--iters", 1, out="photos")  # a part is held out
+    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 2
+    torch.manual_seed(0)
+    before = Transformer("ar", "tiny", 16, 64, C, null_class=True).prefix.weight
+    changed = (train("--label_dropout", 1)["model"]["prefix.weight"] != before).any(1)
+    assert changed.tolist() == [False] * C + [True]  # no class is seen
+    monkeypatch.setattr(vq.VQModel, "encode", None)  # seeds and kinds share the codes
+    for classes, kind in ((0, "ar"), (C + 2, "nar")):
+        state = train("--codes", tmp_path / "prior/codes", "--classes", classes, "--kind", kind,
+                      "--seed", 1, "--iters", 1, out=kind)
+        assert state["config"]["classes"] == classes and state["config"]["kind"] == kind
+
+
+def test_two_processes_equal_one(train, script, tokenizer, tmp_path, many_photos):
+    """Also where one begins late. One process takes two micro-batches instead."""
+    late = driver(tmp_path / "driver.py", """
+def open_array(*args, real=train_prior.open_array):
+    array = real(*args)
+    time.sleep(runtime.rank() * (len(array.shape) == 1))
+    return array
+train_prior.open_array = open_array""")
+    words = ["--data", many_photos, "--val", many_photos, "--kind", "nar", "--dropout", 0,
+             "--lr", 1e-4, "--label_dropout", 0.3]
+    launch([late, *PRIOR, "--tokenizer", tokenizer, *words, "--out", tmp_path / "two"], 2)
+    train(*words, "--accum", 2, out="one")
+    files = [np.load(path) for path in sorted(tmp_path.glob("*/codes/*/*.npy"))]  # of each run 4
+    assert len(files) == 8 and all(map(np.array_equal, files[:4], files[4:]))
+    for split in ("train", "val"):
+        one, two = ([v["loss"] for v in lines(tmp_path / run, split)] for run in ("one", "two"))
+        assert len(one) == len(two) > 1 and one == pytest.approx(two, rel=1e-5)
+    words = ["--prior", tmp_path / "one/ckpt.pt", "--tokenizer", tokenizer, "--count", 10,
+             "--steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
+    launch(["sample.py", *words, tmp_path / "s2"], 2)
+    script("sample", *words, tmp_path / "s1")
     a, b = (np.load(tmp_path / s / "samples.npz") for s in ("s1", "s2"))
-    assert np.array_equal(a["arr_0"], b["arr_0"]) and np.array_equal(a["arr_1"], b["arr_1"])
-    assert a["arr_0"].shape == (10, 16, 16, 3) and a["arr_0"].dtype == np.uint8
+    assert all(np.array_equal(a[name], b[name]) for name in ("arr_0", "arr_1"))
 
 
-@pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_samples_on_disk(script, train, tmp_path, tokenizer, kind):
-    train("--kind", kind, "--label_dropout", 0.2)
-    words = ["sample", "--prior", tmp_path / "prior/ckpt.pt", "--tokenizer", tokenizer, "--device", "cpu"]
-    script(*words, "--n", 12, "--out", tmp_path / "a", "--png", "--labels", 3, 5, "--cfg", 1)
+@pytest.mark.parametrize("kind, options", [
+    ("ar", dict(top_k=9, top_p=0.9)), ("nar", dict(steps=3, choice_temperature=1.0))])
+def test_samples_are_whole_batches_decoded(script, tokenizer, phase_2, tmp_path, kind, options):
+    """Samples 8 and 9 are the first two of a batch of four. Phase 2 decodes the same codes."""
+    path = save_prior(tmp_path / "prior.pt", tokenizer, kind=kind, null_class=True)
+    options |= dict(temperature=0.8, cfg=1.0)
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    prior, codes = load_prior(path)[0], []
+    for first in (0, 4, 8):
+        torch.manual_seed(runtime.seed_of(7, first))
+        codes.append(prior.generate(4, torch.tensor([3, 5, 3, 5]), **options))
+    codes = torch.cat(codes)[:10].view(10, 8, 8)
+    for out, file in (("one", tokenizer), ("two", phase_2)):
+        script("sample", "--prior", path, "--tokenizer", file, "--labels", 3, 5, "--count", 10,
+               "--batch_size", 4, "--seed", 7, "--device", "cpu", "--out", tmp_path / out, *words)
+        images = np.load(tmp_path / out / "samples.npz")["arr_0"]
+        want = pictures(vq.load_tokenizer(file)[0].decode_indices(codes))
+        assert images.shape == (10, 16, 16, 3) and abs(images - want).max() <= 1
+
+
+def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
+    words = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count", 12]
+    script("sample", *words, "--out", tmp_path / "a")
     saved = np.load(tmp_path / "a/samples.npz")
-    assert saved["arr_1"].tolist() == [3, 5] * 6 and saved["arr_0"].shape == (12, 16, 16, 3)
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "a/png/000007.png")), saved["arr_0"][7])
-    assert Image.open(tmp_path / "a/grid.png").size == (6 * (8 * 18 + 2), 6 * (2 * 18 + 2))  # enlarged
-    settings = json.loads((tmp_path / "a/sampler.json").read_text())
-    assert settings["cfg"] == 1 and settings["n"] == 12 and (("top_p" in settings) and settings["kind"] == kind)
-    assert not list((tmp_path / "a").glob("part*"))
-    script(*words, "--n", 5, "--batch_size", 3, "--out", tmp_path / "b", "--labels", 3, 5, "--cfg", 1)
-    assert np.array_equal(np.load(tmp_path / "b/samples.npz")["arr_0"], saved["arr_0"][:5])  # sample i is (seed, i)
-    script(*words, "--n", 5, "--out", tmp_path / "c", "--labels", 3, 5, "--cfg", 1, "--seed", 1)
-    assert not np.array_equal(np.load(tmp_path / "c/samples.npz")["arr_0"], saved["arr_0"][:5])
-
-
-def test_streamed_samples_are_what_savez_writes(script, train, tmp_path, tokenizer):
-    train()
-    script("sample", "--prior", tmp_path / "prior/ckpt.pt", "--tokenizer", tokenizer, "--n", 7, "--batch_size", 3,
-           "--device", "cpu", "--out", tmp_path / "a")
-    with np.load(tmp_path / "a/samples.npz") as saved:
-        arrays = {name: saved[name] for name in saved.files}
-        assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_1"].dtype == np.int64
-    np.savez(tmp_path / "b.npz", **arrays)
+    assert saved["arr_1"].tolist() == [i % C for i in range(12)]
+    np.savez(tmp_path / "b.npz", saved["arr_0"], saved["arr_1"])  # ADM's layout
     one, two = (zipfile.ZipFile(path) for path in (tmp_path / "a/samples.npz", tmp_path / "b.npz"))
-    assert sorted(one.namelist()) == sorted(two.namelist()) == ["arr_0.npy", "arr_1.npy"]
-    for name in one.namelist():
-        assert one.read(name) == two.read(name) and one.getinfo(name).compress_type == zipfile.ZIP_STORED
+    assert {*one.namelist()} == {*two.namelist()}
+    assert all(one.read(name) == two.read(name) for name in two.namelist())
+    assert np.array_equal(cells(tmp_path / "a/grid.png", 8)[:12], saved["arr_0"])
+    made = json.loads((tmp_path / "a/sampler.json").read_text())
+    assert made["count"] == 12 and made["top_p"] == 0.92 and made["kind"] == "ar"
+    assert len([*(tmp_path / "a").iterdir()]) == 3  # nothing unfinished is left
+    assert str(tmp_path / "a") in refused("sample", *words, "--out", tmp_path / "a")
+    save_prior(prior, tokenizer, classes=0)
+    script("sample", *words, "--out", tmp_path / "d")
+    assert np.load(tmp_path / "d/samples.npz").files == ["arr_0"]  # no labels
 
 
-def test_only_classes_of_the_data_are_drawn_by_default(script, train, tmp_path, tokenizer, photos):
-    train("--data", photos, "--val", photos)
-    script("sample", "--prior", tmp_path / "prior/ckpt.pt", "--tokenizer", tokenizer, "--device", "cpu", "--n", 4,
-           "--out", tmp_path / "a")
-    assert np.load(tmp_path / "a/samples.npz")["arr_1"].tolist() == [0, 1, 0, 1]
+def test_what_does_not_belong_together_is_refused(prior, tokenizer, tmp_path, refused, monkeypatch):
+    other, out = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "out"
+    words = ["sample", "--device", "cpu", "--out", out]
+    assert "other.pt" in refused(*words, "--prior", prior, "--tokenizer", other)
+    view = [*words, "--teacher_forced", "shapes", "--runs"]
+    assert "other.pt" in refused(*view, f"{prior}:{other}")
+    nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
+    assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
+    assert "prior.pt" in refused(*words, "--prior", prior, "--tokenizer", prior)
+    monkeypatch.setattr(runtime, "world", lambda: 2)
+    assert "one process" in refused(*words, "--noise", "shapes", "--tokenizer", tokenizer)
+    assert not out.exists()
 
 
-def test_phase_2s_tokenizer_is_taken_and_another_refused(script, train, tmp_path, tokenizer, monkeypatch):
-    train()
-    one = torch.load(tokenizer, weights_only=True)
-    config = one["config"] | {"attention": 1}
-    model = build(config)
-    state = model.state_dict() | {k: v for k, v in one["model"].items() if not k.startswith("decoder")}
-    torch.save(one | {"config": config, "model": state}, tmp_path / "two.pt")
-    words = ["sample", "--prior", tmp_path / "prior/ckpt.pt", "--n", 2, "--device", "cpu"]
-    script(*words, "--tokenizer", tmp_path / "two.pt", "--out", tmp_path / "a")
-    script(*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "1", tmp_path / "2", "--png")
-    a, first, second = (np.load(tmp_path / out / "samples.npz")["arr_0"] for out in ("a", "1", "2"))
-    assert np.array_equal(a, second) and not np.array_equal(first, second)  # the same codes, another decoder
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "2/png/000001.png")), second[1])
-    assert json.loads((tmp_path / "2/sampler.json").read_text())["tokenizer"] == str(tmp_path / "two.pt")
-    with pytest.raises(BadInput, match="already holds samples"):
-        script(*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "3", tmp_path / "2")
-    both = [*words, "--tokenizer", tokenizer, tmp_path / "two.pt", "--out", tmp_path / "4", tmp_path / "5"]
-    write = sample.write_samples
-    with monkeypatch.context() as patch:  # ended when the first of its files was there
-        patch.setattr(sample, "write_samples", lambda out, *rest: write(out, *rest) if out.name == "4" else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            script(*both)
-    with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "generate", None)  # all is drawn
-        script(*both)
-    for out, images in (("4", first), ("5", second)):
-        assert np.array_equal(np.load(tmp_path / out / "samples.npz")["arr_0"], images)
-    assert not list((tmp_path / "4").glob("part*"))
-    save_tokenizer(tmp_path / "other.pt", seed=1)
-    with pytest.raises(BadInput, match="is not the tokenizer"):
-        script(*words, "--tokenizer", tmp_path / "other.pt", "--out", tmp_path / "b")
+def test_the_teacher_forced_view_equals_a_loop(prior, tokenizer, phase_2, tmp_path, script, capsys):
+    """s'_i is the argmax given s_<i, and s_1 given the class alone."""
+    script("sample", "--teacher_forced", "shapes", "--count", 3, "--out", tmp_path, "--device",
+           "cpu", "--runs", f"{prior}:{tokenizer}", f"{prior}:{phase_2}")
+    shown, right = cells(tmp_path / "teacher_forced.png", 5), 0
+    one, two = (vq.load_tokenizer(path)[0] for path in (tokenizer, phase_2))
+    net, _ = load_prior(prior)
+    for row, i in enumerate((0, 5, 11)):  # evenly spread over the validation set
+        image, label, _ = data.EvalImages(Shapes("val"), 16)[i]
+        s, top1 = one.encode(data.to_float(image[None], CPU))[1], []
+        for j in range(64):  # codes from j on are blotted out: they must not matter
+            before = torch.where(torch.arange(64) < j, s.flatten(1), 0)
+            top1.append(net(before, torch.tensor([label]))[0, j].argmax())
+        top1 = torch.stack(top1).view_as(s)
+        right += (top1 == s).sum().item()
+        want = [m.decode_indices(codes) for m in (one, two) for codes in (s, top1)]
+        want = pictures(torch.cat([data.to_float(image[None], CPU), *want]))
+        assert abs(shown[5 * row:5 * row + 5] - want).max() <= 1
+    said = re.findall(r"accuracy ([\d.]+) %", capsys.readouterr().out)
+    assert said == [f"{100 * right / 192:.1f}"] * 2
 
 
-def test_teacher_forcing_reproduces_an_overfitted_set(script, tokenizer, tmp_path, capsys, monkeypatch):
-    # eight images, of a class each: s_1 depends on the label alone
-    monkeypatch.setattr(Shapes, "SIZES", {"train": 8, "val": 8})
-    make = Shapes.__init__
-    monkeypatch.setattr(Shapes, "__init__", lambda self, split="train": make(self, "train"))
-    script("train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / "p", "--iters", 200, "--batch_size", 8,
-           "--dropout", 0, "--crop", "center", "--views", 1, "--log_every", 100, "--lr", 2e-3)
-    script("sample", "--teacher_forced", "shapes", "--n", 8, "--out", tmp_path / "view", "--device", "cpu",
-           "--runs", f"{tmp_path}/p/ckpt.pt:{tokenizer}", f"{tmp_path}/p/ckpt.pt:{tokenizer}")
-    out = capsys.readouterr().out
-    accuracy = re.findall(r"teacher-forced top-1 accuracy ([\d.]+) %", out)
-    assert len(accuracy) == 2 and min(map(float, accuracy)) > 97
-    assert Image.open(tmp_path / "view/teacher_forced.png").size == (6 * (5 * 18 + 2), 6 * (8 * 18 + 2))
-
-
-def test_the_view_predicts_from_the_true_context(tokenizer, train, tmp_path, script):
-    """s'_i is the argmax given s_<i, s_1 from the prefix alone, both decoded by the same decoder."""
-    train()
-    state = torch.load(tmp_path / "prior/ckpt.pt", weights_only=True)
-    prior = Transformer(**state["config"])
-    prior.load_state_dict(state["model"])
-    prior.eval()
-    model = load_tokenizer(tokenizer)
-    image, label, _ = data.EvalImages(Shapes("val"), 16)[0]
-    s = model.encode(data.to_float(image[None], torch.device("cpu")))[1]
-    changed = s.flatten(1).clone()
-    slow = []
-    for i in range(64):  # codes from i on are blotted out: they must not matter
-        changed = s.flatten(1).clone()
-        changed[:, i:] = 0
-        slow.append(prior(changed, torch.tensor([label]))[0, i].argmax())
-    script("sample", "--teacher_forced", "shapes", "--n", 1, "--out", tmp_path / "v", "--device", "cpu", "--runs",
-           f"{tmp_path}/prior/ckpt.pt:{tokenizer}")
-    expected = model.decode_indices(torch.stack(slow).view(1, 8, 8))
-    grid = np.asarray(Image.open(tmp_path / "v/teacher_forced.png"))[::6, ::6]  # enlarged for the eye
-    exact = ((expected.clamp(-1, 1) + 1) * 127.5).round().byte()[0].permute(1, 2, 0).numpy()
-    assert np.abs(grid[2:-2, 38:54].astype(int) - exact).max() <= 1
-
-
-def test_the_noise_view(script, tokenizer, capsys):
-    script("sample", "--noise", "shapes", "--tokenizer", tokenizer, "--n", 8, "--sigma", 0, "--device", "cpu")
-    assert capsys.readouterr().out.startswith("0.00 % of 512 codes")
-    script("sample", "--noise", "shapes", "--tokenizer", tokenizer, "--n", 8, "--sigma", 0.3, "--device", "cpu")
-    assert float(capsys.readouterr().out.split()[0]) > 5
-
-
-def test_an_lsun_like_run_without_classes(launch, tokenizer, tmp_path):
-    lmdb = pytest.importorskip("lmdb")
-    import io
-    env = lmdb.open(str(tmp_path / "church"), map_size=1 << 24)
-    with env.begin(write=True) as transaction:
-        for i in range(12):
-            file = io.BytesIO()
-            draw(i, i % 10, 40).save(file, "WEBP")
-            transaction.put(f"{i}".encode(), file.getvalue())
-    env.close()
-    church = f"lsun:{tmp_path}/church"
-    launch(["train_prior.py", *PRIOR, "--tokenizer", tokenizer, "--data", church, "--val", church, "--classes", 0,
-            "--crop", "center", "--views", 1, "--workers", 2, "--out", tmp_path / "p"])
-    launch(["sample.py", "--prior", tmp_path / "p/ckpt.pt", "--tokenizer", tokenizer, "--n", 3, "--top_p", 0.98,
-            "--out", tmp_path / "s", "--device", "cpu"])
-    saved = np.load(tmp_path / "s/samples.npz")
-    assert saved.files == ["arr_0"] and saved["arr_0"].shape == (3, 16, 16, 3)
-
-
-def test_bad_input_is_refused_in_one_sentence(script, train, tokenizer, tmp_path, photos):
-    train()
-    prior = tmp_path / "prior/ckpt.pt"
-    for words, message in [
-            (["--betas", 1, 1], "at most 0.99"), (["--classes", 5], "has 10 classes, --classes says 5"),
-            (["--tokenizer", prior], "holds a prior checkpoint"), (["--kind", "gan"], "invalid choice"),
-            (["--label_dropout", 1], "at most 0.99"), (["--label_dropout", 0.1, "--classes", 0], "needs classes"),
-            (["--val", photos], "has other classes"), (["--batch_size", 7, "--accum", 2], "divisible")]:
-        with pytest.raises(BadInput, match=message) as error:
-            train(*words, out="fresh")
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / "fresh").exists()  # refused before any work
-    with pytest.raises(BadInput, match="already holds a run"):
-        train()
-
-    good = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path / "s"]
-    for words, message in [
-            ([*good, "--n", 0], "at least 1"), ([*good, "--top_p", 0], "above 0"),
-            ([*good, "--top_p", 1.1], "at most 1"), ([*good, "--top_k", 17], "top_k"),
-            ([*good, "--steps", 3], "are for NAR"), ([*good, "--cfg", 1], "null class"),
-            ([*good, "--labels", 10], "use 0 to 9"), ([*good, "--labels", 3, 10], "use 0 to 9"),
-            (["--prior", prior], "runs/tokenizer/ckpt.pt: no such file; python train_tokenizer.py makes"),
-            ([*good, tmp_path / "t"], "one folder for each"),
-            ([*good, tmp_path / "s"], "one folder for each"),
-            (["--noise", "shapes", "--tokenizer", "a", "b"], "one --tokenizer"),
-            (["--prior", tokenizer, "--tokenizer", tokenizer], "holds a tokenizer checkpoint"),
-            (["--prior", prior, "--tokenizer", prior], "holds a prior checkpoint"),
-            ([], "runs/prior/best.pt: no such file; python train_prior.py makes"),
-            (["--prior", prior, "--noise", "shapes"], "give one of"),
-            (["--teacher_forced", "shapes"], "belong together"),
-            (["--teacher_forced", "shapes", "--runs", str(prior)], "PRIOR:TOKENIZER"),
-            (["--teacher_forced", tmp_path / "none", "--runs", f"{prior}:{tokenizer}"], "no such folder"),
-            (["--teacher_forced", photos, "--runs", f"{prior}:{tokenizer}"], "give --labels")]:
-        with pytest.raises(BadInput, match=message) as error:
-            script("sample", *words)
-        assert "\n" not in str(error.value)
-        assert not (tmp_path / "s").exists()
-    script("sample", *good, "--n", 2)
-    with pytest.raises(BadInput, match="already holds samples"):
-        script("sample", *good, "--n", 2)
+def test_changed_codes_under_noise_equal_a_loop(tokenizer, script, capsys):
+    model, changed = vq.load_tokenizer(tokenizer)[0], 0
+    y = (sample.read_images("shapes", 16, 12, CPU)[0] + 1) / 2  # in [0, 1]
+    noisy = y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    for i in range(12):
+        before, after = (model.encode(2 * z[i:i + 1] - 1)[1].flatten() for z in (y, noisy))
+        changed += sum(a != b for a, b in zip(before.tolist(), after.tolist()))
+    script("sample", "--noise", "shapes", "--tokenizer", tokenizer, "--count", 12, "--sigma", 0.1,
+           "--seed", 3, "--device", "cpu")
+    assert capsys.readouterr().out.startswith(f"{100 * changed / (12 * 64):.2f} %") and changed > 20

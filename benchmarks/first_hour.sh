@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# What docs/speed.md lacks, measured on a new card: parts in order of worth, fifteen minutes in all. A part
+# that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
+#
+#     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: seconds on a CPU, does it run?
+#     PARTS="phase1 resume" bash benchmarks/first_hour.sh
+#
+# Nothing is downloaded: VGG16 has random weights, images are drawn. Compiling takes minutes of a part's time.
+set -u
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD
+out=${OUT:-first_hour}
+mkdir -p "$out"
+if [ "${SMALL:-}" ]; then
+  bench="--size small --seconds 0" batches="2" samples=2 slow=100 n=2
+  train="--image_size 32 --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 --batch_size 16
+         --device cpu --no-compile" demo="DEMO_STEPS=20 DEMO_SAMPLES=60"
+else
+  bench="--size paper" batches="32 64 96 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_STEPS=20000"
+fi
+train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_ramp 0"
+
+part() {  # part NAME SECONDS: run the function NAME with a time limit, its output in NAME.log
+  case " ${PARTS:-phase1 graphs priors phase2 resume naive miniature} " in *" $1 "*) ;; *) return ;; esac
+  [ -e "$out/$1.done" ] && return
+  echo "== $1, at most $2 s ($out/$1.log)"
+  local began=$SECONDS
+  (set -e; export -f "$1"; timeout $(($2 * slow)) bash -ec "$1") > "$out/$1.log" 2>&1 && touch "$out/$1.done" \
+    || echo "   stopped or failed: $(tail -n 1 "$out/$1.log")"
+  echo "   $((SECONDS - began)) s"
+}
+
+phase1() {  # images/s at batch 32 and the largest that fits, peak memory, share of the matrix rate; R1 three ways
+  for b in $batches; do
+    python benchmarks/bench.py $bench --parts phase1 --batch_size $b --json $out/phase1_$b.json || break
+  done
+  python benchmarks/bench.py $bench --parts r1 --json $out/r1.json
+}
+graphs() {  # a real run: no graph may be compiled after the first validation (look for "Recompiling" behind it)
+  TORCH_LOGS=recompiles,graph_breaks python $train --iters $((3 * n)) --eval_every $n --out $out/run
+}
+priors() {
+  python benchmarks/bench.py $bench --parts priors --json $out/priors.json
+  python benchmarks/bench.py $bench --parts sampling --batch_size $samples --json $out/sampling.json
+}
+phase2() { python benchmarks/bench.py $bench --parts phase2 --batch_size 16 --json $out/phase2.json; }
+resume() {  # a signal, then the same command with --resume
+  python $train --iters 100000 --out $out/killed & pid=$!
+  until grep -q '"train"' $out/killed/metrics.jsonl 2> /dev/null; do sleep 1; kill -0 $pid; done
+  kill -TERM $pid
+  wait $pid
+  step=$(python -c "import torch; print(torch.load('$out/killed/ckpt.pt', weights_only=True)['step'])")
+  python train_tokenizer.py --resume --out $out/killed --iters $((step + n))
+}
+naive() { python benchmarks/bench.py $bench --parts naive --json $out/naive.json; }
+miniature() { env $demo DEMO_OUT=$out/demo bash miniature/demo.sh; }
+
+export out bench batches samples train demo n
+[ -e "$out/vgg.pt" ] || python - "$out/vgg.pt" "${SMALL:-}" <<'END'
+import sys, torch, torchvision, losses
+small = losses.SmallVGG([8] * 5, [6]).eval()
+torch.save({"component": "vgg", "config": small.config, "model": small.state_dict()} if sys.argv[2]
+           else torchvision.models.vgg16().state_dict(), sys.argv[1])
+END
+part phase1 300
+part graphs 120
+part priors 180
+part phase2 90
+part resume 90
+part naive 300
+part miniature 1200
