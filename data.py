@@ -13,6 +13,7 @@ and flipped by a generator seeded with (seed, n). So a batch depends on seed, st
 alone, not on processes or workers, and to resume is to start at another step.
 """
 import collections
+import contextlib
 import hashlib
 import inspect
 import io
@@ -70,8 +71,12 @@ def open_data(args):
                   "torchvision:NAME or lsun:PATH", flush=True)
     source = open_source(args.data, "train", hold_out=not args.val)
     val = open_source(args.val or args.data, "val", hold_out=not args.val)
+    found = f"{len(source)} images for training ({source.signature()}), {len(val)} for validation"
     if runtime.is_main():
-        print(f"{len(source)} images for training, {len(val)} for validation", flush=True)
+        print(f"{args.data}: {found}", flush=True)
+        if args.data_found not in ("", found):
+            print(f"THE DATA HAVE CHANGED since the run was stopped: {args.data_found}", flush=True)
+    args.data_found = found
     return source, val
 
 
@@ -113,6 +118,9 @@ class Folder(Dataset):
         self.classes = sorted({*folders} - {""})
         if self.classes and "" in folders:
             raise SystemExit(f"{root} holds both images and class folders ({self.classes[0]}, ...)")
+        if {*self.classes} in ({"train", "val"}, {"train", "val", "test"}):
+            raise SystemExit(f"{root} holds {' and '.join(self.classes)}, which are no classes: "
+                             f"--data {self.root / 'train'} --val {self.root / 'val'}")
         index = {folder: i for i, folder in enumerate(self.classes)}
         # Arrays, not lists: workers share their memory, reference counts would copy it.
         self.files = np.array([os.fsencode(name) for name in images])
@@ -239,7 +247,9 @@ def decode(file, at_least=0):
         raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
     if at_least:
         image.draft(None, (at_least, at_least))
-    ImageOps.exif_transpose(image, in_place=True)  # and below only what must be: copies cost
+    image.load()
+    with contextlib.suppress(Exception):  # of a broken EXIF block: the pixels are there
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("F", "I"):
         raise ValueError(f"mode {image.mode}: nobody knows which value is white")
     if image.mode.startswith("I"):  # 16 bits a pixel

@@ -157,6 +157,9 @@ class Samples(Dataset):
             else:
                 self.array = partial(np.asarray, arrays["arr_0"])
             self.labels = arrays["arr_1"] if "arr_1" in arrays else np.full(shape[0], -1)
+            if self.labels.dtype.kind not in "iu":
+                raise SystemExit(f"{path}: the class labels, arr_1, are {self.labels.dtype}, but "
+                                 f"must be integers")
         self.classes = range(self.labels.max() + 1)  # numbers: an npz has no names
 
     def __len__(self):
@@ -315,6 +318,8 @@ def main(argv=None):
         args.image_size = args.image_size or saved["args"]["image_size"]
 
     def find(path):
+        if (Path(path) / "samples.npz").exists():  # what sample.py has just written
+            path = str(Path(path) / "samples.npz")
         if is_statistics(path):
             return load_statistics(path, net)
         return Images(path, args.image_size, args.split, args.count)

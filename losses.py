@@ -104,7 +104,8 @@ def load_vgg(spec):
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SystemExit(f"--vgg {spec} can't be read ({reason}). VGG16's weights are at "
-                         f"{weights.url}: name a copy with --vgg FILE") from error
+                         f"{weights.url}: name a copy with --vgg FILE, or train a network on class "
+                         f"folders with miniature/train_vgg.py") from error
     if isinstance(state, dict) and state.get("component") == "vgg":
         net = SmallVGG(**state["config"])
         net.load_state_dict(state["model"])

@@ -167,7 +167,7 @@ def add_training_flags(parser, **defaults):
         help="steps between two validations, each followed by a checkpoint")
     add("--tensorboard", action="store_true", help="write to TensorBoard as well (its package)")
     add_device_flags(add)
-    parser.set_defaults(**defaults)
+    parser.set_defaults(data_found="", **defaults)  # what the data were: no flag, kept with them
 
 
 def first_look(parser, show_help=True):
@@ -303,13 +303,16 @@ class Run:
     def resume(self, **parts):
         """Fill models and optimizers (names as in `save`) from the checkpoint, if there is one, and
         return its step, or 0. From here on a signal asks for an orderly end; a second one ends."""
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {getattr(signal, name): None for name in names}
+
         def stop(number, _):
             self.signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for number in before:
+            before[number] = signal.signal(number, stop)
         if self.ckpt.exists():
             state = torch.load(self.ckpt, map_location="cpu", weights_only=True)
             self.saved = state["step"]

@@ -166,9 +166,9 @@ def start_codes(model, x, args):
 
 
 @torch.no_grad()
-def validate(model, perceptual, batches, full, device, args, picture, bad):
-    """Means over the validation set, usage and perplexity of the codes; inputs over reconstructions
-    go to `picture`. `batches` have `full` images and a last one fewer."""
+def validate(model, perceptual, batches, full, device, args, bad):
+    """Means over the validation set, usage and perplexity of the codes. `batches` have `full`
+    images and a last one fewer."""
     model.eval()
     names = ["l1", "psnr", "perceptual", *perceptual.weights]
     total = torch.zeros(len(names) + 1, device=device)
@@ -185,10 +185,6 @@ def validate(model, perceptual, batches, full, device, args, picture, bad):
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
         x_hat = x_hat.float().clamp(-1, 1)
-        if runtime.is_main() and not total[-1]:
-            n = min(32, len(x)) // 8 * 8 or len(x)  # eight inputs, below them what became of them
-            rows = zip(x[:n].split(8), x_hat[:n].split(8))
-            data.save_grid(picture, torch.cat([row for pair in rows for row in pair]), min(8, n))
         mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
         psnr = -10 * mse.clamp(min=1e-10).log10()
         values = [(x_hat - x).abs().mean(), psnr.mean(), loss, *layers.values(), loss.new_ones(())]
@@ -198,6 +194,20 @@ def validate(model, perceptual, batches, full, device, args, picture, bad):
     means = dict(zip(names, (runtime.sum_over_processes(total) / total[-1]).tolist()))
     usage, perplexity, H = vq.usage_and_perplexity(runtime.sum_over_processes(histogram))
     return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
+
+
+@torch.no_grad()
+def save_picture(path, model, val, device, args):
+    """Eight images, spread over the set, below them their reconstructions, and so on."""
+    images = data.EvalImages(val, args.image_size)
+    x = torch.stack([images[i][0] for i in data.spread(len(val), 32)])
+    x = data.to_float(x, device)
+    model.eval()
+    with runtime.autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
+        x_hat = model(x)[0].float()
+    model.train()
+    rows = zip(x.split(8), x_hat.split(8))
+    data.save_grid(path, torch.cat([row for pair in rows for row in pair]), min(8, len(x)))
 
 
 # ------------------------------------------------------------------------------------ training
@@ -288,8 +298,9 @@ def main():
                     **values)
         stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
         if due and not stop:
-            picture = run.out / "samples" / f"{done:07}.png"
-            values = validate(model, perceptual, val_batches, full, device, args, picture, bad_val)
+            values = validate(model, perceptual, val_batches, full, device, args, bad_val)
+            if runtime.is_main():
+                save_picture(run.out / "samples" / f"{done:07}.png", model, val, device, args)
             good = run.log(done, "val", **values) and good
             if values["usage"] < 0.5 and runtime.is_main():
                 print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the "

@@ -3,8 +3,9 @@
     python miniature/train_vgg.py --data birds --image_size 64
 
 Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes; of
-`shapes` the kinds of all parts, one softmax each. Blur, noise and gain in training keep its
-features from depending on single pixels. One process: it is small.
+`shapes` the kinds of all parts, one softmax each. What it is shown is blurred, faded, noisy and
+attacked, as reconstructions are: two networks of other seeds then agree on them. One process: it is
+small.
 """
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
 
+# Each batch is learnt twice, the second time with every pixel moved by up to this much (of [-1, 1])
+# against the network. Else a decoder learns patterns that please this network alone.
+ATTACK = 0.05
 FIXED = ("seed", "batch_size", "image_size", "crop", "widths")  # while a run goes on
 
 
@@ -32,15 +36,20 @@ def parse():
 
 
 def perturb(x, generator):
-    """Blur half of the batch, scale the contrast, add noise: x (B, 3, S, S) in [-1, 1] -> the same
-    shape."""
+    """What reconstructions suffer: blur half of the batch, take colour and contrast away, add
+    blotches and noise. x (B, 3, S, S) in [-1, 1] -> the same shape."""
     def uniform():
         return torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
 
-    blurred = TF.gaussian_blur(x, [3, 3], [1.0, 1.0])
-    x = torch.where(uniform() < 0.5, x, blurred)
-    noise = torch.randn(x.shape, generator=generator).to(x.device)
-    return x * (0.8 + 0.4 * uniform()) + noise * 0.5 * uniform()
+    def normal(side):
+        return torch.randn(len(x), 3, side, side, generator=generator).to(x.device)
+
+    sigma = 0.5 + 1.5 * torch.rand((), generator=generator).item()
+    x = torch.where(uniform() < 0.5, x, TF.gaussian_blur(x, [5, 5], [sigma, sigma]))
+    x = torch.lerp(x.mean(1, keepdim=True), x, 0.3 + 0.7 * uniform())  # from grey to full colour
+    x = x * (0.7 + 0.5 * uniform())
+    blotches = F.interpolate(normal(8), x.shape[2:], mode="bilinear")
+    return x + blotches * 0.3 * uniform() + normal(x.shape[2]) * 0.3 * uniform()
 
 
 def cross_entropy(logits, labels, kinds, **options):
@@ -92,7 +101,8 @@ def main():
         raise SystemExit("train_vgg.py runs in one process: start it with python, not torchrun")
     source, val = data.open_data(args)
     if not source.classes:
-        raise SystemExit(f"--data {args.data} has no classes: a classifier needs class folders")
+        raise SystemExit(f"--data {args.data} has no classes: a classifier needs a folder of class "
+                         f"folders, or torchvision:NAME")
     source.fine = val.fine = True  # of shapes all parts; others don't look at it
     kinds = getattr(source, "kinds", [len(source.classes)])
     torch.manual_seed(args.seed)
@@ -112,18 +122,24 @@ def main():
     bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
     steps = runtime.Steps(run, opt)
     for step in range(start, args.iters):
+        batch = []
         for a in range(args.accum):
             x, y, reasons = next(batches)
             bad(reasons)
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
-            seed = runtime.seed_of(args.seed, step, a)
-            x = perturb(x, torch.Generator().manual_seed(seed))
-            with runtime.autocast(device, args.dtype):
-                logits = net(x, ("logit",))["logit"]
-            loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
-            (loss / args.accum).backward()
-            averages.add(loss=loss, accuracy=right.mean())
-        steps.take(runtime.cosine(step, args.iters, args.lr, 0))
+            generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step, a))
+            batch.append((perturb(x, generator).requires_grad_(), y))
+        for attacked in (False, True):
+            if attacked:  # FGSM; its size rises from 0, so that what is new is learnt undisturbed
+                size = ATTACK * step / args.iters
+                batch = [((x + size * x.grad.sign()).detach(), y) for x, y in batch]
+            for x, y in batch:
+                with runtime.autocast(device, args.dtype):
+                    logits = net(x, ("logit",))["logit"]
+                loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
+                (loss / args.accum).backward()
+                averages.add(loss=loss, accuracy=right.mean())
+            steps.take(runtime.cosine(step, args.iters, args.lr, 0))
 
         done = step + 1
         if run.due(done, args.log_every):

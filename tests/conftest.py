@@ -48,6 +48,7 @@ def script(monkeypatch):
         finally:  # a Run handles them
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return call
 
 

@@ -56,7 +56,7 @@ def test_shapes_are_a_function_of_index_and_size():
     assert one.shape == (48, 48, 3) and (one == again).all() and (one != other).any()
     reduced = Shapes().load(7, 96)[0].resize((48, 48), Image.Resampling.BOX)
     assert np.abs(array(reduced) - one).mean() < 20  # the same picture at another size
-    assert [*contents(Shapes()).values()] == [i % len(Shapes.classes) for i in range(60)]
+    assert {*contents(Shapes()).values()} == {*range(len(Shapes.classes))}
 
 
 def test_class_folders_of_any_depth(tmp_path, capsys):
@@ -90,6 +90,11 @@ def test_what_is_no_set_of_images_is_refused(refused, tmp_path, photos):
     folders = [str(tmp_path / name) for name in ("absent", "file.tar", "empty", "photos")]
     for spec in (*folders, "lsun:absent", "torchvision:Imagenete", "torchvision:ImageFolder"):
         assert spec in refused("data", "--data", spec)
+    for part, folder in (("train", "cats"), ("val", "dogs")):  # parts of a set, no classes
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (photos / folder).rename(tmp_path / "parts" / part)
+    sentence = refused("data", "--data", tmp_path / "parts")
+    assert f"--data {tmp_path}/parts/train --val {tmp_path}/parts/val" in sentence
 
 
 def test_signatures_are_of_what_is_in_the_files(photos):
@@ -126,7 +131,7 @@ def test_one_image_in_twenty_is_held_out_by_its_name(many_photos, monkeypatch):
 
 def test_data_and_val(photos, many_photos, capsys):
     def sizes(training, val):
-        args = Namespace(data=training and str(training), val=val and str(val))
+        args = Namespace(data=training and str(training), val=val and str(val), data_found="")
         return [len(part) for part in data.open_data(args)]
 
     assert sizes(None, None) == [60, 12] and "NO --data" in capsys.readouterr().out
@@ -215,6 +220,9 @@ def test_every_mode_is_decoded_as_slow_references_do(photos, tmp_path):
     assert array(data.decode(tmp_path / "key.png")).tolist() == [[[255] * 3, [1, 2, 3]]]
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.tiff")
     assert (array(data.decode(tmp_path / "deep.tiff")) == 40_000 // 257).all()
+    whole = Image.fromarray(noise(9, 30, 20))
+    whole.save(tmp_path / "exif.png", exif=b"Exif\0\0not a TIFF header")
+    assert np.array_equal(array(data.decode(tmp_path / "exif.png")), array(whole))
 
 
 def test_what_can_not_be_decoded_raises(tmp_path, monkeypatch):

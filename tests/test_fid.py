@@ -321,6 +321,11 @@ def test_samples_are_mapped_where_they_can_be(vgg, tmp_path):
         assert isinstance(samples.array(), np.memmap) == mapped
         assert not mapped or len(pickle.dumps(samples)) < 3000
         assert run(path, "--fake", folder, "--features", vgg)[0]["FD"] < 1e-6
+    (tmp_path / "first.npz").rename(Path(folder) / "samples.npz")  # as sample.py leaves them
+    assert run(folder, "--fake", tmp_path / "last.npz", "--features", vgg)[0]["FD"] < 1e-6
+    np.savez(tmp_path / "wrong.npz", arr_0=array, arr_1=labels / 2)
+    with pytest.raises(SystemExit, match="arr_1.*float"):
+        fid.Samples(str(tmp_path / "wrong.npz"))
     assert fid.Samples(write_npz(tmp_path / "plain.npz", images)).load(2)[1] == -1  # no labels
     for wrong in (images.float(), images[:, :1]):
         with pytest.raises(SystemExit, match="uint8"):

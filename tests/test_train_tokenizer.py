@@ -1,5 +1,6 @@
 """train_tokenizer.py and miniature/train_vgg.py: the loss by hand, both phases, their flags."""
 import math
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -290,6 +291,30 @@ def test_a_run_goes_on_longer_slower_and_after_a_fork(train, script, refused, tm
     assert rates == pytest.approx([runtime.cosine(n, 5, 1e-3, 5e-4) for n in (2, 3, 4)], rel=1e-5)
     script(*go_on, "--iters", 7, "--lr", 1e-5)  # as advised where gradients are not finite
     assert all(line["lr"] <= 1e-5 for line in lines(tmp_path / "run", "train")[5:])
+
+
+def test_data_may_move_but_not_change_unnoticed(train, script, many_photos, tmp_path, capsys):
+    train("--data", many_photos, "--iters", 1)
+    moved = many_photos.rename(tmp_path / "moved")
+    go_on = ["train_tokenizer", "--resume", "--out", tmp_path / "run", "--data", moved, "--iters"]
+    script(*go_on, 2)
+    assert "CHANGED" not in capsys.readouterr().out
+    (moved / "cats/new.png").write_bytes((moved / "cats/0.png").read_bytes())
+    script(*go_on, 3)
+    text = capsys.readouterr().out
+    assert "CHANGED" in text and len({*re.findall(r"\d+ images for training \([^)]+\)", text)}) == 2
+
+
+def test_the_picture_of_a_validation_is_of_the_whole_set(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 100})
+    train("--iters", 1)
+    rows = np.asarray(Image.open(tmp_path / "run/samples/0000001.png"))  # enlarged
+    scale = rows.shape[1] // (8 * 18 + 2)
+    rows = rows[::scale, ::scale][2:, 2:]
+    for i in (0, 1, 8, 31):  # inputs, eight a row, their reconstructions below them
+        y, x = i // 8 * 36, i % 8 * 18
+        image, _, _ = data.EvalImages(Shapes("val"), 16)[data.spread(100, 32)[i]]
+        assert np.array_equal(rows[y:y + 16, x:x + 16], image.permute(1, 2, 0))
 
 
 def test_each_script_finds_what_the_last_one_made(script, vgg, many_photos, tmp_path, monkeypatch):
