@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import os
+import shutil
 import signal
 import zlib
 from pathlib import Path
@@ -38,6 +39,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 250_000_000  # a larger image is unreadable: decoded, it would take a gigabyte
 Image.MAX_IMAGE_PIXELS = None  # PIL's own limit, a third of that
+PREFETCH = 4  # batches that each worker keeps ready
 MAX_BAD = 0.01  # a larger share of unreadable images ends a run
 HELD_OUT = 20  # one image in so many is held out for validation
 
@@ -368,13 +370,26 @@ def loader(dataset, batches, workers, device):
     """A DataLoader over given batches of indices."""
     workers = min(workers, os.cpu_count())
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=in_worker,
-                      pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+                      pin_memory=device.type == "cuda",
+                      prefetch_factor=PREFETCH if workers else None)
+
+
+def check_shared_memory(workers, batch_bytes):
+    """Workers hand batches over in /dev/shm. In a container it is small, and where it is full a
+    worker dies and the run may hang."""
+    workers = min(workers, os.cpu_count()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = workers * PREFETCH * batch_bytes
+    if needed and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
+        raise SystemExit(f"/dev/shm is too small for what {workers} data workers hold, "
+                         f"{needed >> 20} MiB: lower --workers, or start the container with "
+                         f"--ipc=host or --shm-size={needed // 2 ** 30 + 1}g")
 
 
 def train_loader(dataset, args, start, device):
     """Micro-batches of this process, from step `start` to args.iters, args.accum of them a step.
     Micro-batch a of process r holds the positions [(a * world + r) * b, ... + b) of the batch."""
     b, world = runtime.micro_batch(args), runtime.world()
+    check_shared_memory(args.workers, b * 3 * dataset.size ** 2)
     firsts = (step * args.batch_size + (a * world + runtime.rank()) * b
               for step in range(start, args.iters) for a in range(args.accum))
     return loader(dataset, (range(n, n + b) for n in firsts), args.workers, device)

@@ -9,8 +9,10 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 from datetime import timedelta
@@ -52,13 +54,44 @@ def setup(args):
         # a data set the processes do not arrive together.
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    if vars(args).get("compile") is None:
-        args.compile = name == "cuda"
+    wanted = vars(args).get("compile", False)  # fid.py has no such flag
+    args.compile = name == "cuda" if wanted is None else wanted
+    if args.compile and (missing := missing_for_compile(name)):
+        if wanted:
+            raise SystemExit(f"--compile needs {missing}, which this machine lacks")
+        print(f"not compiled, since this machine lacks {missing}", flush=True)
+        args.compile = False
+    if is_main():
+        print(describe(name, args), flush=True)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
     return torch.device(name)
+
+
+def missing_for_compile(device):
+    """What torch.compile needs and this machine lacks, or ""."""
+    variable, *names = (("CC", "gcc", "cc", "clang") if device == "cuda" else
+                        ("CXX", "g++", "c++", "clang++"))
+    if not shutil.which(os.environ.get(variable, "")) and not any(map(shutil.which, names)):
+        return f"a compiler ({names[0]})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python.h (in Debian's and Ubuntu's package python3-dev)"
+    return ""
+
+
+def describe(device, args):
+    """The first line of a run: on what it runs, and how."""
+    text = torch.cuda.get_device_name() if device == "cuda" else device
+    if device == "cpu" and args.device == "auto":
+        text += " (torch finds no GPU)"
+    text += ", bf16" if is_bf16(device, vars(args).get("dtype", "fp32")) else ", fp32"
+    text += ", compiled" if args.compile else ", eager"
+    text += f", {world()} process{'es' * (world() > 1)}"
+    if "accum" in vars(args):
+        text += f", {micro_batch(args)} images at once in each"
+    return text
 
 
 def rank():
@@ -224,10 +257,14 @@ def micro_batch(args):
 
 # --------------------------------------------------------------------------- steps and numbers
 
+def is_bf16(device, dtype):
+    """`dtype` is the flag: auto means bf16 on a GPU."""
+    return dtype == "bf16" or (dtype == "auto" and device == "cuda")
+
+
 def autocast(device, dtype):
-    """bf16 autocast, or nothing for fp32. `dtype` is the flag: auto means bf16 on a GPU."""
-    enabled = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(device.type, dtype))
 
 
 @contextlib.contextmanager

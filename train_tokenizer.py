@@ -108,7 +108,7 @@ def tokenizer_step(model, disc, perceptual, xs, args, adv_weight, quantize, aver
                 x_hat, terms = model.decode(model.encoder(x)), {}
             per, layers = perceptual(x_hat, x)  # Eq. 4
             fake_logits = disc(x_hat) if adv_weight else None
-        l1 = F.l1_loss(x_hat.float(), x)
+        l1 = F.l1_loss(x_hat, x)
         loss = args.l1_weight * l1 + args.perceptual_weight * per  # Eq. 2, and below
         if args.phase == 1 and quantize:
             loss = loss + terms["vq"]
@@ -184,7 +184,7 @@ def validate(model, perceptual, batches, full, device, args, bad):
             z_q, indices, _ = encode_fixed(model, x) if args.phase == 2 else model.encode(x)
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
-        x_hat = x_hat.float().clamp(-1, 1)
+        x_hat = x_hat.clamp(-1, 1)
         mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
         psnr = -10 * mse.clamp(min=1e-10).log10()
         values = [(x_hat - x).abs().mean(), psnr.mean(), loss, *layers.values(), loss.new_ones(())]
@@ -204,7 +204,7 @@ def save_picture(path, model, val, device, args):
     x = data.to_float(x, device)
     model.eval()
     with runtime.autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
-        x_hat = model(x)[0].float()
+        x_hat = model(x)[0]
     model.train()
     rows = zip(x.split(8), x_hat.split(8))
     data.save_grid(path, torch.cat([row for pair in rows for row in pair]), min(8, len(x)))

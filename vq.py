@@ -240,7 +240,7 @@ class VQModel(nn.Module):
 
     def decode(self, z_q):
         """z_q (B, n_z, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(z_q)
+        return self.decoder(z_q).float()  # bf16 autocast or not: what sees it sees one type
 
     def decode_indices(self, indices):
         """indices (B, h, w) -> image (B, 3, H, W)."""

@@ -14,7 +14,7 @@ import runtime
 import train_tokenizer
 from miniature.shapes import Shapes
 
-LONG = ["--iters", 4, "--eval_every", 2, "--compile"]
+LONG = ["--iters", 4, "--eval_every", 2, "--compile", "--dtype", "bf16"]  # as on a GPU
 
 
 @pytest.fixture

@@ -296,6 +296,21 @@ def test_batches_are_a_function_of_seed_and_position(monkeypatch):
     assert epochs[0] != epochs[1] != epochs[2] and [*range(20)] not in epochs
 
 
+def test_small_shared_memory_is_named_before_the_first_step(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(data.os.path, "isdir", lambda path: True)
+    needed = 8 * 8 * 4 * 32 * 3 * 256 ** 2  # processes, workers, batches ahead, images, bytes
+    for free in (needed, needed - 1):
+        usage = Namespace(free=free)
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda path, usage=usage: usage)
+        if free == needed:
+            data.check_shared_memory(8, 32 * 3 * 256 ** 2)
+    with pytest.raises(SystemExit, match="--workers.*--ipc=host.*--shm-size=2g"):
+        stream(Tiny(), size=256, batch_size=32, workers=8)
+    data.check_shared_memory(0, 1 << 40)
+
+
 def test_count_takes_images_from_everywhere_and_each_once_over_all_processes(monkeypatch):
     assert data.spread(7) == data.spread(7, 7) == data.spread(7, 8) == [*range(7)]
     some = data.spread(1000, 100)

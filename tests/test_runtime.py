@@ -229,12 +229,33 @@ def test_cosine():
     assert [runtime.cosine(s, 100, 1.0, 0.5) for s in (0, 50, 100)] == pytest.approx([1, .75, .5])
 
 
-def test_setup_on_a_cpu(monkeypatch):
+def test_setup_on_a_cpu(monkeypatch, capsys):
     for part in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(part, "is_available", lambda: False)
-    for chosen in (None, True):
-        args = argparse.Namespace(device="auto", compile=chosen)
+    for chosen, word in ((None, "eager"), (True, "compiled")):
+        args = argparse.Namespace(device="auto", compile=chosen, dtype="bf16", batch_size=8,
+                                  accum=2)
         assert runtime.setup(args) == torch.device("cpu") and args.compile is bool(chosen)
+        words = capsys.readouterr().out.strip().split(", ")
+        assert "no GPU" in words[0] and words[1:4] == ["bf16", word, "1 process"]
+        assert "4 images" in words[4]
+
+
+@pytest.mark.parametrize("lacking", ["compiler", "Python.h"])
+def test_where_nothing_can_be_compiled_runs_are_eager(lacking, monkeypatch, tmp_path, capsys):
+    if lacking == "compiler":
+        monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setattr(runtime.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert lacking in runtime.missing_for_compile("cpu")
+    with pytest.raises(SystemExit, match=f"--compile.*{lacking}"):
+        runtime.setup(argparse.Namespace(device="cpu", compile=True))
+    for part in ("is_available", "get_device_name", "set_device"):  # where it was not asked for
+        monkeypatch.setattr(torch.cuda, part, lambda *_: "a GPU")
+    args = argparse.Namespace(device="cuda", compile=None)
+    runtime.setup(args)
+    one, two = capsys.readouterr().out.splitlines()
+    assert not args.compile and lacking in one and "a GPU" in two and "eager" in two
 
 
 @pytest.mark.parametrize("first", [True, False])
