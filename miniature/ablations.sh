@@ -24,7 +24,7 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 finished() { [ -e "$1" ]; }
 
 flags() {  # what a row changes
-  local start="--init $demo/start/ckpt.pt --lr 1e-3 --iters $((steps / 2))"
+  local start="--init $demo/start/ckpt.pt --lr 1e-3 --iters $((steps * 2 / 3))"
   case $1 in
     # Table 1: better reconstruction by a larger decoder, by attention, by training; from scratch
     conv) echo "$scratch --extra_blocks 2" ;;
@@ -45,14 +45,14 @@ flags() {  # what a row changes
     *) echo "ablations.sh: no row $1" >&2; exit 2 ;;
   esac
 }
-scratch="--alpha 0 --channels 16 32 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 --iters $steps --lr 1.5e-3
-         --disc_ramp $((steps / 2)) --l1_weight 0.2"
+scratch="--alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 --iters $steps --lr 1.5e-3
+         --disc_ramp $((steps / 2))"
 
 row() {
   local folder=$out/$1
   trap stop INT TERM  # a subshell forgets its traps
   run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --lr_end 1e-4 \
-    --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
+    --l1_weight 0.1 --adv_weight 0.02 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
   run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) --lr 2e-3 --lr_end 1e-4 \
