@@ -71,7 +71,7 @@ job() {  # everything about one alpha
     kind=${name%_second}
     log "a $kind prior on phase 1's codes, which are phase 2's as well"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
-      --iters $((steps * 4 / 3)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
+      --iters $((steps * 16 / 3)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
     options="--prior $folder/$name/best.pt --count $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
     for phase in 1 2; do  # the same sampled codes, decoded by either phase
