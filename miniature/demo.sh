@@ -4,7 +4,7 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_STEPS=1500 bash miniature/demo.sh               # longer: that of docs/miniature.md
+#     DEMO_STEPS=1500 DEMO_PRIORS=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md's table
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
 # Stop it when you like: the same command goes on. Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a
@@ -12,7 +12,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1}
-steps=${DEMO_STEPS:-800}      # of the common start; the other stages follow it
+steps=${DEMO_STEPS:-800}       # of the common start; the other stages follow it
+priors=${DEMO_PRIORS:-$((steps * 16 / 3))}
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
@@ -71,7 +72,7 @@ job() {  # everything about one alpha
     kind=${name%_second}
     log "a $kind prior on phase 1's codes, which are phase 2's as well"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
-      --iters $((steps * 16 / 3)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
+      --iters "$priors" --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
     options="--prior $folder/$name/best.pt --count $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
     for phase in 1 2; do  # the same sampled codes, decoded by either phase
