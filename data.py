@@ -438,7 +438,8 @@ def main():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
     add("--data", default="shapes", help="as of the training scripts")
-    add("--split", choices=("train", "val"), help="a part of it; default: all")
+    add("--split", choices=("train", "val"),
+        help="a part of it; default: all of a folder, of other sets the part that is trained on")
     add("--image_size", type=int, default=256, help="side of the processed images")
     add("--out", help="write the processed images there as PNG, in class folders")
     add("--count", type=int, help="so many images, evenly spread; default: all")

@@ -295,7 +295,7 @@ def parse(argv):
     add("--image_size", type=int, default=0,
         help="resize and centre crop (no npz); default: the tokenizer's, else as they are")
     add("--split", choices=("train", "val"), help="of a data set the part that is trained on, or "
-        "held out; default: all of it")
+        "held out; default: all of a folder, of other sets the part that is trained on")
     add("--count", type=int, help="so many images of each set, evenly spread; default: all")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")

@@ -169,7 +169,6 @@ def test_the_blocks_run(block, script, vgg, many_photos, tmp_path, monkeypatch):
         name, words = Path(words[at]).stem, [*words[at + 1:], *short[Path(words[at]).stem]]
         if name == "train_tokenizer" and "--vgg" not in words and "--phase" not in words:
             words += ["--vgg", vgg]
-        words += ["--out", "a try"] if "--alpha" in words else []
         script(name, *words)
         names.append(name)
     assert names[-4:] == ["train_tokenizer", "train_tokenizer", "train_prior", "sample"]
