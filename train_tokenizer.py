@@ -99,13 +99,11 @@ def tokenizer_step(model, disc, perceptual, xs, args, adv_weight, quantize, aver
         disc.requires_grad_(False)
     for x in xs:
         with runtime.autocast(x.device, args.dtype):
-            if args.phase == 2:
-                z_q, _, terms = encode_fixed(model, x)
-                x_hat = model.decode(z_q)
-            elif quantize:
-                x_hat, _, terms = model(x)
+            if quantize:
+                z_q, _, terms = encode(model, x, args)
             else:  # --vq_start: a plain autoencoder
-                x_hat, terms = model.decode(model.encoder(x)), {}
+                z_q, terms = model.encoder(x), {}
+            x_hat = model.decode(z_q)
             per, layers = perceptual(x_hat, x)  # Eq. 4
             fake_logits = disc(x_hat) if adv_weight else None
         l1 = F.l1_loss(x_hat, x)
@@ -148,11 +146,12 @@ def discriminator_step(disc, xs, x_hats, args, penalise, averages):
             averages.add(r1=total)
 
 
-@torch.no_grad()
-def encode_fixed(model, x):
-    """Phase 2's codes, from the fixed encoder in fp32 (on a GPU TF32): priors learn fp32 codes, and
-    of a bf16 encoder's one in a hundred is another."""
-    with torch.autocast(x.device.type, enabled=False), runtime.tf32():
+def encode(model, x, args):
+    """z_q, indices, terms. Phase 2's fixed encoder runs in fp32 (on a GPU TF32): priors learn fp32
+    codes, and of a bf16 encoder's one in a hundred is another."""
+    if args.phase == 1:
+        return model.encode(x)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), runtime.tf32():
         return model.encode(x)
 
 
@@ -181,7 +180,7 @@ def validate(model, perceptual, batches, full, device, args, bad):
         # A last batch of another size runs uncompiled: it is not worth a graph of its own.
         stance = "default" if len(x) == full else "force_eager"
         with runtime.autocast(device, args.dtype), torch.compiler.set_stance(stance):
-            z_q, indices, _ = encode_fixed(model, x) if args.phase == 2 else model.encode(x)
+            z_q, indices, _ = encode(model, x, args)
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
         x_hat = x_hat.clamp(-1, 1)
@@ -204,7 +203,7 @@ def save_picture(path, model, val, device, args):
     x = data.to_float(x, device)
     model.eval()
     with runtime.autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
-        x_hat = model(x)[0]
+        x_hat = model.decode(encode(model, x, args)[0])
     model.train()
     rows = zip(x.split(8), x_hat.split(8))
     data.save_grid(path, torch.cat([row for pair in rows for row in pair]), min(8, len(x)))
