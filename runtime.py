@@ -340,15 +340,17 @@ class Run:
     def resume(self, **parts):
         """Fill models and optimizers (names as in `save`) from the checkpoint, if there is one, and
         return its step, or 0. From here on a signal asks for an orderly end; a second one ends."""
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {getattr(signal, name): None for name in names}
+        before = {}
 
         def stop(number, _):
             self.signal = number
             for each, handler in before.items():
                 signal.signal(each, handler)
 
-        for number in before:
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)  # nohup has it ignored, and that must stay
+        for number in numbers:
             before[number] = signal.signal(number, stop)
         if self.ckpt.exists():
             state = torch.load(self.ckpt, map_location="cpu", weights_only=True)

@@ -39,9 +39,10 @@ def words(vgg, tokenizer):
 
 # ------------------------------------------------------------------------------------------- kills
 
-def work(words, step, signals):
+def work(words, step, signals, nohup):
     """In a process of its own: run a script, and send it these signals when it takes `step`."""
     Shapes.SIZES = {"train": 60, "val": 12}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     steps, take = itertools.count(1), runtime.Steps.take
 
     def take_and_kill(self, *args):
@@ -56,8 +57,8 @@ def work(words, step, signals):
 
 @pytest.fixture
 def start(monkeypatch):
-    def call(words, step=0, signals=()):
-        process = FORKS.Process(target=work, args=(list(map(str, words)), step, signals))
+    def call(words, step=0, signals=(), nohup=False):
+        process = FORKS.Process(target=work, args=(list(map(str, words)), step, signals, nohup))
         process.start()
         return process
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
@@ -94,6 +95,13 @@ def test_a_second_signal_ends_a_run_at_once(words, start, tmp_path):
     process = start([*words["train_vgg"], "--out", tmp_path / "run"], step=2, signals=signals)
     process.join()
     assert process.exitcode == -signal.SIGTERM and not (tmp_path / "run/ckpt.pt").exists()
+
+
+def test_under_nohup_a_run_goes_on_when_its_terminal_closes(words, start, tmp_path):
+    process = start([*words["train_vgg"], "--out", tmp_path / "run"], step=2,
+                    signals=[signal.SIGHUP], nohup=True)
+    process.join()
+    assert process.exitcode == 0 and load(tmp_path / "run/ckpt.pt")["step"] == 6
 
 
 # ------------------------------------------------------------------------------- several processes
