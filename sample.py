@@ -72,6 +72,8 @@ def draw(args, device):
     if (out / "samples.npz").exists():
         raise SystemExit(f"{out} already holds samples: choose another --out")
     prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    if args.cfg and not prior.config["null_class"]:
+        raise SystemExit("--cfg needs a prior that was trained with --label_dropout")
     if args.compile:
         tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
@@ -177,6 +179,8 @@ def changed_codes(tokenizer, x, sigma, seed):
 
 def main():
     args = parse()
+    if args.teacher_forced or args.noise:  # these run so; the first line shall say it
+        args.dtype, args.compile = "fp32", False
     device = runtime.setup(args)
     if (args.teacher_forced or args.noise) and runtime.world() > 1:
         raise SystemExit("--teacher_forced and --noise run in one process: python, not torchrun")

@@ -248,6 +248,7 @@ def main():
     add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--json", help="write the figures there as they come")
     runtime.add_device_flags(add)
+    parser.set_defaults(dtype="auto")  # the scripts' own; so the first line says it
     args = parser.parse_args()
     device = runtime.setup(args)
     args.size = args.size or ("paper" if device.type == "cuda" else "small")

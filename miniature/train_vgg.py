@@ -20,10 +20,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
 
-# Each batch is learnt twice, the second time with every pixel moved by up to this much (of [-1, 1])
-# against the network. Else a decoder learns patterns that please this network alone.
-ATTACK = 0.05
-FIXED = ("seed", "batch_size", "image_size", "crop", "widths")  # while a run goes on
+FIXED = ("seed", "batch_size", "image_size", "crop", "widths", "attack")  # while a run goes on
 
 
 def parse():
@@ -32,6 +29,11 @@ def parse():
                                image_size=64, log_every=100, eval_every=500)
     parser.add_argument("--widths", type=int, nargs=5, default=[16, 32, 64, 96, 128],
                         help="channels of its stages")
+    parser.add_argument("--attack", type=float, default=0.05,
+                        help="each batch is learnt twice, the second time with every pixel moved "
+                             "by up to this much (of [-1, 1]) against the network: else a decoder "
+                             "learns patterns that please this network alone; 0: once, for "
+                             "classes of few pictures")
     return runtime.parse(parser, "vgg", FIXED)
 
 
@@ -129,9 +131,9 @@ def main():
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
             generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step, a))
             batch.append((perturb(x, generator).requires_grad_(), y))
-        for attacked in (False, True):
+        for attacked in (False, True) if args.attack else (False,):
             if attacked:  # FGSM; its size rises from 0, so that what is new is learnt undisturbed
-                size = ATTACK * step / args.iters
+                size = args.attack * step / args.iters
                 batch = [((x + size * x.grad.sign()).detach(), y) for x, y in batch]
             for x, y in batch:
                 with runtime.autocast(device, args.dtype):

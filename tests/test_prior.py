@@ -291,6 +291,8 @@ def test_what_does_not_belong_together_is_refused(prior, tokenizer, tmp_path, re
     nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
     assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
     assert "prior.pt" in refused(*words, "--prior", prior, "--tokenizer", prior)
+    assert "--label_dropout" in refused(*words, "--prior", prior, "--tokenizer", tokenizer,
+                                        "--cfg", 1)
     monkeypatch.setattr(runtime, "world", lambda: 2)
     assert "one process" in refused(*words, "--noise", "shapes", "--tokenizer", tokenizer)
     assert not out.exists()

@@ -350,6 +350,7 @@ def test_the_small_vgg_and_its_scale(script, tmp_path):
 
 
 def test_the_small_vgg_learns_classes_of_photographs(script, photos, tmp_path):
-    script("train_vgg", *VGG, "--data", photos, "--val", photos, "--out", tmp_path / "run")
+    script("train_vgg", *VGG, "--attack", 0, "--data", photos, "--val", photos,
+           "--out", tmp_path / "run")
     state = load(tmp_path / "run/ckpt.pt")
     assert state["config"]["kinds"] == [2] and state["classes"] == ["cats", "dogs"]
