@@ -21,7 +21,7 @@ import vq
 
 # What the second phase changes. Paper: its learning rate is 5e-4 in Sec. 4.1 and 5e-5 in Table 9,
 # FFHQ's phase 1 has 500k and 300k steps: we take the table, whose other numbers check out.
-PHASE_2 = dict(iters=200_000, batch_size=128, lr=5e-5, alpha=0.0, attention=1, disc_ramp=0,
+PHASE_2 = dict(iters=200_000, batch_size=128, lr=5e-5, alpha=0.0, attention=1,
                init="runs/tokenizer/ckpt.pt", out="runs/phase2")
 # Flags that a run takes over from the checkpoint that it starts from (--init).
 INHERITED = ("data", "val", "crop", "image_size", "channels", "z_dim", "quantizer", "codebook_size",
@@ -62,13 +62,16 @@ def parse():
     # Ours, for short runs: codes from U(-1/K, 1/K) take hundreds of steps to spread.
     add("--vq_start", type=int, default=0,
         help="steps without quantization, then codes begin at K-means of the encoder's outputs")
-    add("--disc_ramp", type=int, default=20_000, help="steps over which --adv_weight rises from 0")
+    add("--disc_ramp", type=int, default=20_000,
+        help="steps over which --adv_weight rises from 0; default with --init: 0")
     add("--disc_channels", type=int, nargs=2, default=[128, 512], help="at full size, at most")
     add("--r1", type=float, default=10.0, help="weight of the R1 penalty")
     add("--recompute", action="store_true", help="less memory, more time: activations twice")
     given = runtime.first_look(parser, show_help=False)
     if given.phase == 2:
         parser.set_defaults(**PHASE_2)
+    if given.init or given.phase == 2:  # the discriminator goes on
+        parser.set_defaults(disc_ramp=0)
     if given.quantizer != "vq":  # as in Table 5
         parser.set_defaults(gamma=0.0)
     if given.quantizer == "factorized":

@@ -24,7 +24,7 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 finished() { [ -e "$1" ]; }
 
 flags() {  # what a row changes
-  local start="--init $demo/start/ckpt.pt --lr 1e-3 --iters $((steps * 2 / 3))"
+  local start="--init $demo/start/ckpt.pt --lr 1e-3 --disc_ramp 20000 --iters $((steps * 2 / 3))"
   case $1 in
     # Table 1: better reconstruction by a larger decoder, by attention, by training; from scratch
     conv) echo "$scratch --extra_blocks 2" ;;

@@ -45,6 +45,7 @@ common="--data shapes --image_size 32 --workers 0 --no-compile --resume --log_ev
 tokenizer="$common --vgg $out/vgg/ckpt.pt --batch_size 16 --eval_every 250 --seed $seed"
 # The paper's perceptual loss, of raw VGG16, leads L1, and so it should here. A small network's layers are divided by their
 # variance: its two of alpha 1 do so where L1 weighs a tenth (and the adversarial term less), all five of phase 2 as it is.
+# In phase 1 the adversarial term rises to a twentieth of its weight only: the table was made so.
 # (From the start on, the ramp of 20,000 steps keeps the adversarial term below 0.001; phase 2 has no ramp.)
 weights="--l1_weight 0.1 --adv_weight 0.02"
 prior="$common --size tiny --views 1 --batch_size 16 --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 400"
@@ -61,7 +62,7 @@ job() {  # everything about one alpha
   trap stop INT TERM  # a subshell forgets its traps
   log "phase 1: from the common start, Eq. 4 with alpha $alpha"
   run python train_tokenizer.py $tokenizer $weights --init "$out/start/ckpt.pt" --alpha "$alpha" --iters $((steps * 2 / 3)) \
-    --lr 1e-3 --lr_end 1e-4 --out "$folder/phase1"
+    --lr 1e-3 --lr_end 1e-4 --disc_ramp 20000 --out "$folder/phase1"
   log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0"
   run python train_tokenizer.py $tokenizer --phase 2 --init "$folder/phase1/ckpt.pt" --iters $((steps / 3)) --lr 1e-3 \
     --lr_end 1e-4 --l1_weight 1 --adv_weight 0.1 --out "$folder/phase2"

@@ -259,9 +259,12 @@ def test_phase_2_goes_on_from_phase_1(train, script, many_photos, tmp_path, monk
             assert torch.equal(model(xs[0])[0], phase_1(xs[0])[0])
         return step(model, disc, perceptual, xs, *rest)
     monkeypatch.setattr(train_tokenizer, "tokenizer_step", watch)
-    script("train_tokenizer", "--phase", 2, "--init", tmp_path / "run/ckpt.pt", "--iters", 3,
-           "--batch_size", 8, "--workers", 0, "--log_every", 1, "--device", "cpu", "--out",
-           tmp_path / "two")
+    words = ["train_tokenizer", "--init", tmp_path / "run/ckpt.pt", "--iters", 3, "--batch_size", 8,
+             "--workers", 0, "--log_every", 1, "--device", "cpu", "--out"]
+    script(*words, tmp_path / "two", "--phase", 2)
+    script(*words, tmp_path / "finetuned")  # as LSUN's phase 1
+    for run in ("two", "finetuned"):  # the adversarial weight does not rise from 0 again
+        assert {line["adv_weight"] for line in lines(tmp_path / run, "train")} == {0.1}
     two = load(tmp_path / "two/ckpt.pt")
     assert begun == [True] and two["opt_disc"]["state"][0]["step"] == 3  # Adam starts afresh
     assert two["config"] == one["config"] | {"attention": attention or 1}
