@@ -243,8 +243,9 @@ def measure(images, net, args, device, tokenizer=None):
         right += (logits.argmax(1) == labels).sum()
         done += len(batch) * runtime.world()
         progress.show(f"images of {images.path}", done, every_s=10)
-    for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram):
-        runtime.sum_over_processes(total)
+    x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram = (
+        runtime.sum_over_processes(total).cpu()
+        for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram))
     description = f"{n} reconstructions of {images.path}" if tokenizer else images.description
     if n <= D:
         warn(f"{description}, {D} features: compare only with sets of as many images")
@@ -252,9 +253,9 @@ def measure(images, net, args, device, tokenizer=None):
     cov = (xx_sum - n * mu.outer(mu)) / (n - 1)
     # Of each split: exp E_x KL(p(y|x) || p(y)).
     scores = (p_log_p_sum / split_n + torch.special.entr(p_sum / split_n[:, None]).sum(1)).exp()
-    return {"mu": mu.cpu(), "sigma": cov.cpu(), "n": n, "description": description,
+    return {"mu": mu, "sigma": cov, "n": n, "description": description,
             "IS": scores.mean().item(), "IS_std": scores.std(correction=0).item(),
-            "accuracy": right.item() / n, "histogram": histogram.cpu()}
+            "accuracy": right.item() / n, "histogram": histogram}
 
 
 def load_statistics(path, net):
