@@ -243,6 +243,7 @@ def measure(images, net, args, device, tokenizer=None):
         right += (logits.argmax(1) == labels).sum()
         done += len(batch) * runtime.world()
         progress.show(f"images of {images.path}", done, every_s=10)
+    # To the host: what follows is small, and CUDA would compile the entropy's kernel first.
     x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram = (
         runtime.sum_over_processes(total).cpu()
         for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram))

@@ -47,7 +47,8 @@ def parse():
     add("--runs", nargs="+", help="PRIOR:TOKENIZER pairs for --teacher_forced")
     add("--noise", help="images whose codes are compared with those of a noisy copy")
     add("--sigma", type=float, default=0.01, help="deviation of that noise, images in [0, 1]")
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="of the prior; auto: bf16 on a GPU")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="torch.compile of the decoder; default: on a GPU")
     runtime.add_device_flags(add)

@@ -63,24 +63,25 @@ def parse():
     add("--vq_start", type=int, default=0,
         help="steps without quantization, then codes begin at K-means of the encoder's outputs")
     add("--disc_ramp", type=int, default=20_000,
-        help="steps over which --adv_weight rises from 0; default with --init: 0")
+        help="steps over which --adv_weight rises from 0; default for the discriminator of --init: "
+             "0")
     add("--disc_channels", type=int, nargs=2, default=[128, 512], help="at full size, at most")
     add("--r1", type=float, default=10.0, help="weight of the R1 penalty")
     add("--recompute", action="store_true", help="less memory, more time: activations twice")
     given = runtime.first_look(parser, show_help=False)
     if given.phase == 2:
         parser.set_defaults(**PHASE_2)
-    if given.init or given.phase == 2:  # the discriminator goes on
-        parser.set_defaults(disc_ramp=0)
     if given.quantizer != "vq":  # as in Table 5
         parser.set_defaults(gamma=0.0)
     if given.quantizer == "factorized":
         parser.set_defaults(codebook_size=8192)
     given = runtime.first_look(parser)
     if given.init and not runtime.resuming(given):
-        saved = vq.load_tokenizer(given.init)[1]["args"]
-        runtime.inherit(parser, saved, INHERITED)
-        parser.set_defaults(attention=max(given.attention, saved["attention"]))
+        state = vq.load_tokenizer(given.init)[1]
+        runtime.inherit(parser, state["args"], INHERITED)
+        parser.set_defaults(attention=max(given.attention, state["args"]["attention"]))
+        if "disc" in state:  # it goes on
+            parser.set_defaults(disc_ramp=0)
     args = runtime.parse(parser, "tokenizer", FIXED)
     if not 0 <= args.alpha <= 1:
         raise SystemExit(f"--alpha {args.alpha} is not in [0, 1]")

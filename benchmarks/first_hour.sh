@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What docs/speed.md lacks, measured on a new card: parts in order of worth, fifteen minutes in all. A part
-# that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
+# What docs/speed.md lacks, measured on a new card: parts in order of worth, the first five in fifteen minutes.
+# A part that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
 #
 #     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: seconds on a CPU, does it run?
 #     PARTS="phase1 resume" bash benchmarks/first_hour.sh
@@ -36,6 +36,7 @@ phase1() {  # R1 three ways; images/s at batch 32 and the largest that fits, pea
   for b in $batches; do
     python benchmarks/bench.py $bench --parts phase1 --batch_size $b --json $out/phase1_$b.json || echo "not $b images"
   done
+  ls $out/phase1_*.json
 }
 graphs() {  # a real run: no graph may be compiled after the first validation (look for "Recompiling" behind it)
   TORCH_LOGS=recompiles,graph_breaks python $train --iters $((2 * n)) --eval_every $n --out $out/run

@@ -18,12 +18,12 @@ samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
-[ -e "$out/about.json" ] || python - "$seed" "$steps" "$priors" > "$out/about.json" <<'END'
+[ -e "$out/about.json" ] || python - "$seed" "$steps" "$priors" "$alphas" > "$out/about.json" <<'END'
 import json, os, platform, subprocess, sys, torch
 commit = subprocess.getoutput("git describe --always --dirty")
 processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
-print(json.dumps({"command": f"DEMO_SEED={sys.argv[1]} DEMO_STEPS={sys.argv[2]} DEMO_PRIORS={sys.argv[3]} bash miniature/demo.sh", "commit": commit,
-                  "processor": processor or platform.processor(), "cores": os.cpu_count(),
+command = "DEMO_SEED={} DEMO_STEPS={} DEMO_PRIORS={} DEMO_ALPHAS='{}' bash miniature/demo.sh".format(*sys.argv[1:])
+print(json.dumps({"command": command, "commit": commit, "processor": processor or platform.processor(), "cores": os.cpu_count(),
                   "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}))
 END
 
@@ -45,8 +45,7 @@ common="--data shapes --image_size 32 --workers 0 --no-compile --resume --log_ev
 tokenizer="$common --vgg $out/vgg/ckpt.pt --batch_size 16 --eval_every 250 --seed $seed"
 # The paper's perceptual loss, of raw VGG16, leads L1, and so it should here. A small network's layers are divided by their
 # variance: its two of alpha 1 do so where L1 weighs a tenth (and the adversarial term less), all five of phase 2 as it is.
-# In phase 1 the adversarial term rises to a twentieth of its weight only: the table was made so.
-# (From the start on, the ramp of 20,000 steps keeps the adversarial term below 0.001; phase 2 has no ramp.)
+# Phase 1 has a ramp of 20,000 steps, which keeps the adversarial term below 0.001: the table was made so.
 weights="--l1_weight 0.1 --adv_weight 0.02"
 prior="$common --size tiny --views 1 --batch_size 16 --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 400"
 

@@ -4,8 +4,8 @@
 
 Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes; of
 `shapes` the kinds of all parts, one softmax each. What it is shown is blurred, faded, noisy and
-attacked, as reconstructions are: two networks of other seeds then agree on them. One process: it is
-small.
+(--attack) attacked, as reconstructions are: two networks of other seeds then agree on them. One
+process: it is small.
 """
 import sys
 from pathlib import Path
