@@ -305,7 +305,8 @@ class KMeans(Quantizer):
 def kmeans(points, K, seed, rounds=10):
     """Lloyd's algorithm on the CPU: points (N, dim) -> centres (K, dim). A centre without points
     is put on a random one."""
-    points = points[points.isfinite().all(1)].cpu()  # a bad step must not decide
+    points = points.cpu()
+    points = points[points.isfinite().all(1)]  # a bad step must not decide
     generator = torch.Generator().manual_seed(seed)
 
     def pick(n):
