@@ -180,10 +180,11 @@ def changed_codes(tokenizer, x, sigma, seed):
 
 def main():
     args = parse()
-    if args.teacher_forced or args.noise:  # these run so; the first line shall say it
+    looking = args.teacher_forced or args.noise
+    if looking:  # these run so; the first line shall say it
         args.dtype, args.compile = "fp32", False
     device = runtime.setup(args)
-    if (args.teacher_forced or args.noise) and runtime.world() > 1:
+    if looking and runtime.world() > 1:
         raise SystemExit("--teacher_forced and --noise run in one process: python, not torchrun")
     if args.teacher_forced:
         teacher_forced(args, device)

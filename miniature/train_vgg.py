@@ -130,7 +130,7 @@ def main():
             bad(reasons)
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
             generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step, a))
-            batch.append((perturb(x, generator).requires_grad_(), y))
+            batch.append((perturb(x, generator).requires_grad_(args.attack > 0), y))
         for attacked in (False, True) if args.attack else (False,):
             if attacked:  # FGSM; its size rises from 0, so that what is new is learnt undisturbed
                 size = args.attack * step / args.iters

@@ -352,8 +352,14 @@ def test_the_small_vgg_and_its_scale(script, tmp_path):
     assert lines(tmp_path / "run", "val")[-1]["accuracy"] == pytest.approx(np.mean(right), rel=1e-5)
 
 
-def test_the_small_vgg_learns_classes_of_photographs(script, photos, tmp_path):
-    script("train_vgg", *VGG, "--attack", 0, "--data", photos, "--val", photos,
+@pytest.mark.parametrize("attack, passes", [(0, 1), (0.05, 2)])
+def test_the_small_vgg_learns_classes_of_photographs(script, photos, tmp_path, monkeypatch, attack,
+                                                     passes):
+    forward, seen = losses.SmallVGG.forward, []
+    monkeypatch.setattr(losses.SmallVGG, "forward", lambda net, x, layers:
+                        seen.append(net.training) or forward(net, x, layers))
+    script("train_vgg", *VGG, "--attack", attack, "--data", photos, "--val", photos,
            "--out", tmp_path / "run")
     state = load(tmp_path / "run/ckpt.pt")
+    assert sum(seen) == passes * state["step"]
     assert state["config"]["kinds"] == [2] and state["classes"] == ["cats", "dogs"]
