@@ -3,10 +3,10 @@
     python data.py --data photos                                      # check it, write preview.png
     python data.py --data imagenet/val --out val256 --count 50000     # processed copies as PNG
 
-A source has len(source), classes (names of the labels, empty if there are none), name(i),
-signature() (a hash of what is in it) and load(i, size, fast): a PIL image in RGB and its label.
-`size` is the side to be shown, which drawn pictures are drawn at; `fast` lets a photograph be
-decoded at a fraction that is still that large.
+A source has len(source), classes (names of the labels, empty if there are none), splits (whether
+it has a validation part of its own), name(i), signature() (a hash of what is in it) and load(i,
+size, fast): a PIL image in RGB and its label. `size` is the side to be shown, which drawn pictures
+are drawn at; `fast` lets a photograph be decoded at a fraction that is still that large.
 
 Order: sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped
 and flipped by a generator seeded with (seed, n). So a batch depends on seed, step and position
@@ -18,9 +18,10 @@ import hashlib
 import inspect
 import io
 import itertools
+import multiprocessing.util
 import os
+import re
 import shutil
-import signal
 import zlib
 from pathlib import Path
 
@@ -52,27 +53,34 @@ def open_source(spec, split="train", hold_out=False):
     kind, _, name = spec.partition(":")
     if kind == "shapes":
         from miniature.shapes import Shapes
-        return Shapes(split)
+        clutter = name.removeprefix("clutter=") or "1"
+        if not re.fullmatch(r"[01]|0?\.\d+", clutter):
+            raise SystemExit(f"{spec}: clutter is a number in [0, 1], as in shapes:clutter=0.5")
+        return Shapes(split, float(clutter))
     if kind == "torchvision":
         source = Torchvision(name, split)
-        hold_out = hold_out and not source.splits
     else:
         source = Lsun(name) if kind == "lsun" else Folder(spec)
-    source = Part(source, split) if hold_out else source
     if not len(source):
-        raise SystemExit(f"{spec} holds no images, or too few to hold some out: give --val")
-    return source
+        raise SystemExit(f"{spec} holds no images")
+    return Part(source, split) if hold_out and not source.splits else source
 
 
-def open_data(args):
-    """--data and --val -> training source, validation source."""
+def open_data(args, labels=False):
+    """--data and --val -> training source, validation source. labels: whether they are used; then
+    both number their classes alike."""
     if not args.data:
         args.data = "shapes"
         if runtime.is_main():
             print("NO --data: TRAINING ON DRAWN PICTURES (shapes); real images: --data FOLDER, "
                   "torchvision:NAME or lsun:PATH", flush=True)
-    source = open_source(args.data, "train", hold_out=not args.val)
-    val = open_source(args.val or args.data, "val", hold_out=not args.val)
+    source = open_source(args.data, "train")
+    if args.val or source.splits:
+        val = open_source(args.val or args.data, "val")
+    else:
+        source, val = Part(source, "train"), Part(source, "val")
+    if labels:
+        number_alike(source, val, args.val)
     found = f"{len(source)} images for training ({source.signature()}), {len(val)} for validation"
     if runtime.is_main():
         print(f"{args.data}: {found}", flush=True)
@@ -80,6 +88,21 @@ def open_data(args):
             print(f"THE DATA HAVE CHANGED since the run was stopped: {args.data_found}", flush=True)
     args.data_found = found
     return source, val
+
+
+def number_alike(source, val, spec):
+    """The classes of `val`, all or some of those of `source`, get the numbers that they have there,
+    by name."""
+    if list(val.classes) == list(source.classes):
+        return
+    strange = [name for name in val.classes if name not in source.classes]
+    if strange or not val.classes or not isinstance(val, Folder):
+        raise SystemExit(f"--val {spec} has {', '.join(strange[:3]) or 'no'} classes, which are "
+                         f"not those of --data: its class folders must have the same names")
+    if runtime.is_main():
+        print(f"--val {spec} has {len(val.classes)} of {len(source.classes)} classes", flush=True)
+    val.labels = np.array([source.classes.index(name) for name in val.classes])[val.labels]
+    val.classes = source.classes
 
 
 class Part(Subset):
@@ -90,6 +113,8 @@ class Part(Subset):
         names = (os.fsencode(source.name(i)) for i in range(len(source)))
         held = np.array([zlib.crc32(name) % HELD_OUT == 0 for name in names])
         super().__init__(source, np.flatnonzero(held == (split == "val")))
+        if not len(self):
+            raise SystemExit("there are too few images to hold some out: give --val")
         self.classes, self.split = source.classes, split
 
     def name(self, i):
@@ -104,6 +129,8 @@ class Part(Subset):
 
 class Folder(Dataset):
     """A folder of class folders (labels in alphabetical order, any depth below), or a flat one."""
+
+    splits = False
 
     def __init__(self, root):
         self.root = Path(root)
@@ -149,9 +176,9 @@ def files_below(root, folder="", seen=()):
     here = os.path.realpath(root / folder)
     if here in seen:
         return
-    for entry in os.scandir(here):
+    for entry in os.scandir(here):  # which knows what an entry is; only links need a look
         name = os.path.join(folder, entry.name)
-        if entry.name.startswith(".") or not os.path.exists(entry):
+        if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry):
             continue
         if entry.is_dir():
             yield from files_below(root, name, (*seen, here))
@@ -204,7 +231,7 @@ class Lsun(Dataset):
     """An LSUN lmdb: key -> bytes of a JPEG or WebP. It is opened anew for each read (0.1 ms), since
     an open one must not cross into a worker; so it is not torchvision's reader."""
 
-    classes = ()
+    classes, splits = (), False
 
     def __init__(self, path):
         self.path = path
@@ -252,6 +279,8 @@ def decode(file, at_least=0):
     image.load()
     with contextlib.suppress(Exception):  # of a broken EXIF block: the pixels are there
         ImageOps.exif_transpose(image, in_place=True)
+    if image.format == "PPM" and image.mode == "I":  # PIL scales its white to 65535
+        image = image.convert("I;16")
     if image.mode in ("F", "I"):
         raise ValueError(f"mode {image.mode}: nobody knows which value is white")
     if image.mode.startswith("I"):  # 16 bits a pixel
@@ -358,19 +387,12 @@ def to_uint8(images):
 
 # ------------------------------------------------------------------------------------- batches
 
-def in_worker(_):
-    """Ctrl-C and a SIGTERM to the whole group reach the workers too, but the training process has a
-    step to finish: the first SIGTERM is ignored, a second one ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    torch.set_num_threads(1)
-
-
 def loader(dataset, batches, workers, device):
     """A DataLoader over given batches of indices."""
     workers = min(workers, os.cpu_count())
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, worker_init_fn=in_worker,
-                      pin_memory=device.type == "cuda",
+    multiprocessing.util.Finalize(None, runtime.end_workers, exitpriority=0)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
+                      worker_init_fn=runtime.in_worker, pin_memory=device.type == "cuda",
                       prefetch_factor=PREFETCH if workers else None)
 
 
@@ -390,6 +412,7 @@ def train_loader(dataset, args, start, device):
     Micro-batch a of process r holds the positions [(a * world + r) * b, ... + b) of the batch."""
     b, world = runtime.micro_batch(args), runtime.world()
     check_shared_memory(args.workers, b * 3 * dataset.size ** 2)
+    runtime.barrier()  # all have looked before one takes some of it
     firsts = (step * args.batch_size + (a * world + runtime.rank()) * b
               for step in range(start, args.iters) for a in range(args.accum))
     return loader(dataset, (range(n, n + b) for n in firsts), args.workers, device)
@@ -407,21 +430,23 @@ def spread(total, count=None):
     return np.linspace(0, total - 1, min(count or total, total)).astype(int).tolist()
 
 
-class Bad:
-    """Names and counts unreadable images as batches report them. Over 1 % of the set, or of what
-    this process has seen of it, end the run."""
+class Unreadable:
+    """Names and counts unreadable images of a source, as batches report them."""
 
     def __init__(self, source):
-        self.total, self.found, self.seen = len(source), set(), 0
+        self.total, self.found = len(source), set()
 
-    def __call__(self, reasons):
-        self.seen += len(reasons)
+    def note(self, reasons):
         for reason in {*reasons} - self.found - {""}:
             self.found.add(reason)
             print(f"skipped: {reason}", flush=True)
-        if len(self.found) > MAX_BAD * min(self.total, max(self.seen, 1000)):
-            raise SystemExit(f"{len(self.found)} of {self.total} images can't be read: look at "
-                             f"them with python data.py --data ...")
+
+    def too_many(self):
+        """Why training can't go on, or "": all, or more than ten and more than 1 %."""
+        if len(self.found) <= min(self.total - 1, max(10, MAX_BAD * self.total)):
+            return ""
+        return (f"{len(self.found)} of {self.total} images can't be read: look at them with "
+                f"python data.py --data ...")
 
 
 def save_grid(path, images, columns):
@@ -440,9 +465,9 @@ def main():
     add("--data", default="shapes", help="as of the training scripts")
     add("--split", choices=("train", "val"),
         help="a part of it; default: all of a folder, of other sets the part that is trained on")
-    add("--image_size", type=int, default=256, help="side of the processed images")
+    add("--image_size", type=runtime.at_least_1, default=256, help="side of the processed images")
     add("--out", help="write the processed images there as PNG, in class folders")
-    add("--count", type=int, help="so many images, evenly spread; default: all")
+    add("--count", type=runtime.at_least_1, help="so many images, evenly spread; default: all")
     add("--preview", default="preview.png", help="where the preview goes")
     add("--workers", type=int, default=8, help="data loading processes")
     args = parser.parse_args()
@@ -456,8 +481,10 @@ def main():
         if reasons[0]:
             bad += 1
             print(f"  unreadable: {reasons[0]}", flush=True)
-        elif args.out:
-            path = Path(args.out) / name / f"{i:08}.png"
+        elif pixels.min() == pixels.max():
+            print(f"  of one colour after the crop: {source.name(i)!r}", flush=True)
+        if args.out and not reasons[0]:
+            path = Path(args.out) / name.replace("/", "_") / f"{i:08}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(path)
         classes[name] += not reasons[0]

@@ -210,8 +210,7 @@ class Images(Dataset):
 def measure(images, net, args, device, tokenizer=None):
     """One pass over a set of images, or over a tokenizer's reconstructions of them -> {name:
     value}. Sums are float64, so that batches and processes add up in any order."""
-    sums_device = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
-    zeros = partial(torch.zeros, dtype=torch.float64, device=sums_device)
+    zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no doubles
     n, D = len(images), net.feature_dim
     x_sum, xx_sum, right = zeros(D), zeros(D, D), zeros(1)
     p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)  # of p(y|x), of each split
@@ -221,33 +220,33 @@ def measure(images, net, args, device, tokenizer=None):
     # right. Shuffled here, an image's split follows from its index, whichever process it meets.
     place = np.argsort(np.random.RandomState(SHUFFLE_SEED).permutation(n))
     ends = np.arange(1, SPLITS) * n // SPLITS
-    split = torch.from_numpy(np.searchsorted(ends, place, side="right")).to(sums_device)
+    split = torch.from_numpy(np.searchsorted(ends, place, side="right"))
     batches = data.eval_loader(images, args.batch_size, args.workers, device)
     progress, done = runtime.Progress(n), 0
     for batch, labels, index, reasons in batches:
         if any(reasons):
             reason = next(filter(None, reasons))
             raise SystemExit(f"{images.path}: a metric skips no image, but {reason}")
-        batch, labels = batch.to(device, non_blocking=True), labels.to(sums_device)
+        batch = batch.to(device, non_blocking=True)
         if tokenizer:
             z_q, codes, _ = tokenizer.encode(data.to_float(batch, device))
             histogram += codes.flatten().bincount(minlength=K)
             x_hat = [tokenizer.decode(part) for part in z_q.split(64)]  # attention has a limit
             batch = data.to_uint8(torch.cat(x_hat))
-        x, logits = (t.to(sums_device).double() for t in net(batch))
+        x, logits = (t.cpu().double() for t in net(batch))
         x_sum += x.sum(0)
         xx_sum += x.T @ x
-        log_p, s = logits.log_softmax(1), split[index.to(sums_device)]
+        log_p, s = logits.log_softmax(1), split[index]
         p_sum.index_add_(0, s, log_p.exp())
         p_log_p_sum.index_add_(0, s, (log_p.exp() * log_p).sum(1))
         right += (logits.argmax(1) == labels).sum()
         done += len(batch) * runtime.world()
         progress.show(f"images of {images.path}", done, every_s=10)
-    # To the host: what follows is small, and CUDA would compile the entropy's kernel first.
-    x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram = (
-        runtime.sum_over_processes(total).cpu()
-        for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram))
+    for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram):
+        runtime.sum_over_processes(total)
     description = f"{n} reconstructions of {images.path}" if tokenizer else images.description
+    if n < 2:
+        raise SystemExit(f"{description}: one image has no covariance")
     if n <= D:
         warn(f"{description}, {D} features: compare only with sets of as many images")
     mu, split_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
@@ -256,7 +255,7 @@ def measure(images, net, args, device, tokenizer=None):
     scores = (p_log_p_sum / split_n + torch.special.entr(p_sum / split_n[:, None]).sum(1)).exp()
     return {"mu": mu, "sigma": cov, "n": n, "description": description,
             "IS": scores.mean().item(), "IS_std": scores.std(correction=0).item(),
-            "accuracy": right.item() / n, "histogram": histogram}
+            "accuracy": right.item() / n, "histogram": histogram.cpu()}
 
 
 def load_statistics(path, net):
@@ -298,21 +297,22 @@ def parse(argv):
         help="resize and centre crop (no npz); default: the tokenizer's, else as they are")
     add("--split", choices=("train", "val"), help="of a data set the part that is trained on, or "
         "held out; default: all of a folder, of other sets the part that is trained on")
-    add("--count", type=int, help="so many images of each set, evenly spread; default: all")
+    add("--count", type=runtime.at_least_1,
+        help="so many images of each set, evenly spread; default: all")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")
     add("--inception", help=f"a local copy of {WEIGHTS}; default: downloaded")
     add("--features", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
     add("--save", help="write the statistics of --real to this npz, to be --real later")
     add("--json", help="write the result, and all that it depends on, to this file")
-    add("--batch_size", type=int, default=64, help="images at a time, per process")
+    add("--batch_size", type=runtime.at_least_1, default=64, help="images at a time, per process")
     runtime.add_device_flags(add)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    device, tokenizer = runtime.setup(args), None
+    (device, _), tokenizer = runtime.setup(args), None
     net = Classifier(args.features) if args.features else Inception(args.inception, args.resize)
     net.to(device)
     if args.tokenizer:

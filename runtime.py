@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -22,28 +23,81 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# ----------------------------------------------------------------------------------- processes
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ------------------------------------------------------------------------------- how a script ends
+# A signal asks a run to finish its step, save and leave. Terminals, torchrun and Slurm signal every
+# process, some of them twice: what comes later is the same request. Only a person's Ctrl-C, seconds
+# later, ends at once. Data workers ignore signals; they end with their parent, whatever ends it.
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+
+
+class Request:
+    """The first signal that came, `number`, or 0."""
+
+    def __init__(self):
+        self.number, self.when = 0, 0.0
+        for number in SIGNALS:
+            # nohup has SIGHUP ignored, and that must stay
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.come)
+
+    def come(self, number, _):
+        if not self.number:
+            self.number, self.when = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.when > 3:
+            raise KeyboardInterrupt
+
+
+def in_worker(_):
+    """For the start of a data worker."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def end_workers():
+    """What data.loader has multiprocessing call at exit, before it asks workers to end by a SIGTERM
+    and waits for them: they ignore it."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    for worker in workers:
+        worker.kill()
+
 
 def launch(main):
     """Call main(). Several processes leave without waiting for each other: after an error others
     may be in a collective, and destroy_process_group() of gloo hangs now and then in torch 2.6."""
     code = 0
+    for stream in (sys.stdout, sys.stderr):  # names of files and classes may be no text
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         barrier()
     except BaseException as error:
         if world() == 1:
             raise
+        code = error.code if isinstance(error, SystemExit) else traceback.format_exc()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
         code = 1
-        print(error if isinstance(error, SystemExit) else traceback.format_exc(), file=sys.stderr)
     if world() > 1:
+        end_workers()
         sys.stdout.flush()
         os._exit(code)
 
 
+# ----------------------------------------------------------------------------------- processes
+
 def setup(args):
-    """Start the process group if torchrun launched this process; fill in args.compile. Returns the
-    torch.device."""
+    """Start the process group if torchrun launched this process, switch TF32 off, print the first
+    line. Returns the torch.device, and whether to compile."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     name = next(n for n in there if there[n]) if args.device == "auto" else args.device
@@ -55,19 +109,19 @@ def setup(args):
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     wanted = vars(args).get("compile", False)  # fid.py has no such flag
-    args.compile = name == "cuda" if wanted is None else wanted
-    if args.compile and (missing := missing_for_compile(name)):
+    compiled = name == "cuda" if wanted is None else wanted
+    if compiled and (missing := missing_for_compile(name)):
         if wanted:
             raise SystemExit(f"--compile needs {missing}, which this machine lacks")
         print(f"not compiled, since this machine lacks {missing}", flush=True)
-        args.compile = False
+        compiled = False
     if is_main():
-        print(describe(name, args), flush=True)
+        print(describe(name, args, compiled), flush=True)
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
-    return torch.device(name)
+    return torch.device(name), compiled
 
 
 def missing_for_compile(device):
@@ -81,13 +135,13 @@ def missing_for_compile(device):
     return ""
 
 
-def describe(device, args):
+def describe(device, args, compiled):
     """The first line of a run: on what it runs, and how."""
     text = torch.cuda.get_device_name() if device == "cuda" else device
     if device == "cpu" and args.device == "auto":
         text += " (torch finds no GPU)"
     text += ", bf16" if is_bf16(device, vars(args).get("dtype", "fp32")) else ", fp32"
-    text += ", compiled" if args.compile else ", eager"
+    text += ", compiled" if compiled else ", eager"
     text += f", {world()} process{'es' * (world() > 1)}"
     if "accum" in vars(args):
         text += f", {micro_batch(args)} images at once in each"
@@ -111,6 +165,13 @@ def barrier():
         dist.barrier()
 
 
+def on_one_machine(what):
+    """Refuse several machines: of pages that two of them map of one file on a network disk, one
+    machine's may be lost."""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", world())) < world():
+        raise SystemExit(f"{what} on one machine, please: with several see docs/running.md")
+
+
 def main_first(call):
     """call() on process 0, then on the others: the first downloads, the others find the file."""
     if not is_main():
@@ -126,6 +187,14 @@ def sum_over_processes(tensor):
     if world() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def largest_over_processes(number):
+    """The largest of all processes' numbers (asking does not wait for the GPU)."""
+    largest = torch.tensor(number, dtype=torch.float64)
+    if world() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.item()
 
 
 def mean_over_processes(tensor):
@@ -157,6 +226,20 @@ def average_gradients(grads):
 
 # --------------------------------------------------------------------------------------- flags
 
+def at_least_1(text):
+    """A flag's type. argparse then says "invalid at_least_1 value"."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def above_0(text):
+    """A flag's type."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows every default. A flag without one says in its text where its value comes from."""
 
@@ -182,21 +265,21 @@ def add_training_flags(parser, **defaults):
         "shapes (drawn pictures); default: that of the tokenizer it starts from, else shapes")
     add("--val", help="the same for validation; default: the set's own validation part, or a part "
         "of --data, held out")
-    add("--image_size", type=int, default=256, help="side of the images")
+    add("--image_size", type=at_least_1, default=256, help="side of the images, which are square")
     add("--crop", choices=("random", "resized", "center"), default="random",
         help="random: ImageNet, resized: FFHQ, center: LSUN")
     add("--out", help="run folder; one that holds a run is refused unless --resume")
     add("--resume", action="store_true",
         help="go on from the checkpoint in --out, with its flags, if there is one, else start")
-    add("--iters", type=int, help="training steps")
-    add("--batch_size", type=int, help="global batch, over all processes and micro-batches")
-    add("--accum", type=int, default=1, help="micro-batches per step")
-    add("--lr", type=float, help="learning rate")
+    add("--iters", type=at_least_1, help="training steps")
+    add("--batch_size", type=at_least_1, help="global batch, over all processes and micro-batches")
+    add("--accum", type=at_least_1, default=1, help="micro-batches per step")
+    add("--lr", type=above_0, help="learning rate")
     add("--seed", type=int, default=0, help="all randomness follows from it")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
-    add("--log_every", type=int, default=50, help="steps between two progress lines")
-    add("--eval_every", type=int, default=5000,
+    add("--log_every", type=at_least_1, default=50, help="steps between two progress lines")
+    add("--eval_every", type=at_least_1, default=5000,
         help="steps between two validations, each followed by a checkpoint")
     add("--tensorboard", action="store_true", help="write to TensorBoard as well (its package)")
     add_device_flags(add)
@@ -229,12 +312,12 @@ def parse(parser, component, fixed):
     can't be others."""
     args, saved = first_look(parser), {}
     if path := resuming(args):
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state["component"] != component:
-            raise SystemExit(f"{path} holds a {state['component']}, not a {component}")
+        state = read_checkpoint(path, component, mmap=True)
         saved = {name: state["args"][name] for name in state["args"] if name in vars(args)}
         parser.set_defaults(**saved | {"out": args.out, "resume": True})
     args = parser.parse_args()
+    if saved and args.iters < state["step"]:
+        raise SystemExit(f"{path} is at step {state['step']}, beyond --iters {args.iters}")
     for name in sorted(saved.keys() - {"out", "resume"}):
         now = vars(args)[name]
         if now != saved[name] and name in fixed:
@@ -265,6 +348,15 @@ def is_bf16(device, dtype):
 def autocast(device, dtype):
     """bf16 autocast, or nothing for fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(device.type, dtype))
+
+
+@contextlib.contextmanager
+def evaluating(model, device, dtype):
+    """Eval mode, no gradient, autocast; then training mode again."""
+    model.eval()
+    with torch.no_grad(), autocast(device, dtype):
+        yield
+    model.train()
 
 
 @contextlib.contextmanager
@@ -309,13 +401,58 @@ class Averages:
 def save_file(path, write):
     """Call write(file) on a temporary name, sync, rename: `path` is the old or the new file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, (OSError, RuntimeError)):  # of a full disk torch.save says the latter
+            refuse_to_write(path, error)
+        raise
+
+
+def refuse_to_write(path, error):
+    """What can't be written, why, and how much room there is."""
+    there = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    reason = str(error).partition("\n")[0]
+    raise SystemExit(f"{path} can't be written ({type(error).__name__}: {reason}); "
+                     f"{shutil.disk_usage(there).free >> 20} MiB are free there") from error
+
+
+def create_array(path, shape, dtype):
+    """A new memory-mapped .npy of zeros. Its room on the disk is taken at once: where none is left
+    for a page of a sparse file, the process dies of a bus error hours later."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on a Mac
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        refuse_to_write(path, error)
+    return array
+
+
+def read_checkpoint(path, component, mmap=False):
+    """A checkpoint of a script that trains. mmap: what is not looked at is not read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        found = state["component"]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SystemExit(f"{path} is no checkpoint of this project ({reason})") from error
+    if found != component:
+        raise SystemExit(f"{path} holds a {found}, not a {component}")
+    return state
 
 
 def read_metrics(path):
@@ -328,44 +465,59 @@ def read_metrics(path):
 
 
 class Run:
-    """A run folder: ckpt.pt, metrics.jsonl, samples/. It resumes, saves, logs, notices signals.
+    """A run folder: ckpt.pt, metrics.jsonl, samples/. It resumes, saves, logs, and knows when to
+    stop. From here on a signal is a request. Two runs can't have one folder.
 
     shown: names of the values that a progress line shows."""
 
     def __init__(self, args, component, shown):
         self.args, self.component, self.shown = args, component, shown
-        self.out, self.signal, self.saved = Path(args.out), 0, 0
+        self.out, self.saved, self.code, self.reason = Path(args.out), 0, 0, ""
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
+        self.board, self.request = None, Request()
+        if is_main():
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.lock = open(self.out / ".lock", "w")  # held until this process ends
+                if fcntl:
+                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise SystemExit(f"another process trains in {self.out}") from None
+            except OSError as error:
+                refuse_to_write(self.out, error)
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(self.out)
 
     def resume(self, **parts):
         """Fill models and optimizers (names as in `save`) from the checkpoint, if there is one, and
-        return its step, or 0. From here on a signal asks for an orderly end; a second one ends."""
-        before = {}
-
-        def stop(number, _):
-            self.signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)  # nohup has it ignored, and that must stay
-        for number in numbers:
-            before[number] = signal.signal(number, stop)
+        return its step, or 0. What was logged later is forgotten."""
         if self.ckpt.exists():
-            state = torch.load(self.ckpt, map_location="cpu", weights_only=True)
+            state = read_checkpoint(self.ckpt, self.component)
             self.saved = state["step"]
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        # Forget what was logged after the checkpoint, and a line that a kill cut short.
+            try:
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+            except (KeyError, RuntimeError, ValueError) as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise SystemExit(f"{self.ckpt} does not fit these flags ({reason}): leave them "
+                                 f"out, or choose another --out") from error
+        for part in parts.values() if world() > 1 else ():  # equal seeds make equal weights on
+            if isinstance(part, torch.nn.Module):  # equal processors: here process 0's are taken
+                for tensor in part.state_dict().values():
+                    dist.broadcast(tensor, 0)
         self.lines = [line for line in read_metrics(self.metrics) if line["step"] <= self.saved]
-        self.progress, self.board = Progress(self.args.iters, self.saved), None
+        self.progress = Progress(self.args.iters, self.saved)
         if is_main():
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
             save_file(self.metrics, lambda file: file.write(text.encode()))
-            if self.args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.out)
+            if self.saved == self.args.iters:
+                print(f"{self.out} is finished: step {self.saved} of {self.saved}", flush=True)
+            elif self.saved:
+                print(f"going on from step {self.saved} of {self.args.iters} in {self.out}",
+                      flush=True)
+            elif self.args.resume:
+                print(f"nothing to go on from in {self.out}: it starts", flush=True)
         return self.saved
 
     def save(self, step, path, **state):
@@ -378,8 +530,7 @@ class Run:
         barrier()
 
     def log(self, step, split, **values):
-        """Write a line of metrics.jsonl (and TensorBoard), print the values to be shown. Returns
-        whether all are finite."""
+        """Write a line of metrics.jsonl (and TensorBoard), print the values to be shown."""
         values = {name: float(f"{float(value):.6g}") for name, value in values.items()}
         if is_main():
             clean = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -392,17 +543,35 @@ class Run:
             shown = " ".join(f"{n} {v:.4g}" for n, v in values.items() if n in self.shown)
             text = f"step {step}/{self.args.iters} | {split} {shown}"
             self.progress.show(text, step, self.args.batch_size)
-        return all(map(math.isfinite, values.values()))
 
     def due(self, step, every):
         return step % every == 0 or step == self.args.iters
 
-    def stopping(self):
-        """Whether a signal has come to any process (asking does not wait for the GPU)."""
-        stop = bool(sum_over_processes(torch.tensor(self.signal)))
-        if stop and is_main():
-            print("stopped by a signal: go on with --resume", flush=True)
-        return stop
+    def missed(self, step):
+        """Whether a run that goes on at `step` was stopped or killed before its validation."""
+        logged = any(line["step"] == step and line["split"] == "val" for line in self.lines)
+        return step > 0 and self.due(step, self.args.eval_every) and not logged
+
+    def lowest(self):
+        """The lowest validation loss so far, or infinity. Process 0 decides: on a network disk the
+        others may not see all lines yet."""
+        losses = [line["loss"] for line in self.lines if line["split"] == "val"]
+        lowest = min((loss for loss in losses if loss is not None), default=math.inf)
+        return -largest_over_processes(-lowest if is_main() else -math.inf)
+
+    def stopping(self, reason=""):
+        """Whether a signal has come to any process, or one of them has another reason to stop."""
+        self.reason = reason
+        number = self.request.number
+        self.code = int(largest_over_processes(128 + number if number else bool(reason)))
+        return self.code > 0
+
+    def leave(self):
+        """End the script after `stopping`: by 128 + signal, so that a chain of commands ends."""
+        if is_main():
+            print(f"stopped; --resume goes on from step {self.saved}" if self.saved else
+                  "stopped before anything was saved", flush=True)
+        raise SystemExit(self.reason or self.code)
 
 
 class Steps:
@@ -426,10 +595,10 @@ class Steps:
         self.skipped += not finite
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row == 20:
-            held = f"holds step {self.run.saved}" if self.run.saved else "is not there yet"
-            raise SystemExit(f"20 steps in a row had non-finite gradients and were skipped; "
-                             f"{self.run.ckpt} {held}: go on with --resume and a lower --lr, or "
-                             f"--dtype fp32")
+            then = (f"{self.run.ckpt} holds step {self.run.saved}: go on with --resume and"
+                    if self.run.saved else f"{self.run.ckpt} is not there yet: start again with")
+            raise SystemExit(f"20 steps in a row had non-finite gradients and were skipped; {then} "
+                             f"a lower --lr, or --dtype fp32")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -437,6 +606,19 @@ class Steps:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def sound(self, step, output):
+        """Whether the weights may replace the last ones on disk: `output`, what they now make of a
+        batch, is finite in every process, and no step is being skipped. If not, it is said."""
+        finite = not largest_over_processes(not output.isfinite().all())
+        if finite and (not self.in_a_row or step == self.run.args.iters):
+            return True
+        text = f"step {step} is not saved, since its numbers are not finite"
+        if step == self.run.args.iters:
+            raise SystemExit(f"{text}: the last that were are of step {self.run.saved}")
+        if is_main():
+            print(text, flush=True)
+        return False
 
 
 class Progress:
@@ -449,6 +631,7 @@ class Progress:
         """Print `text`, the rate since the last line (a unit is so many images), the time left; at
         most one line in `every_s` seconds."""
         now, (t0, n0), (t1, n1) = time.perf_counter(), self.first, self.last
+        done = min(done, self.total)  # the last process may have fewer
         if not is_main() or now - t1 < every_s:
             return
         t1, self.last = t1 or t0, (now, done)

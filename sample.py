@@ -12,7 +12,6 @@ number of processes. The same flags with another phase's --tokenizer decode the 
 """
 import argparse
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +30,18 @@ def parse():
     add("--prior", default="runs/prior/best.pt", help="checkpoint of train_prior.py")
     add("--tokenizer", default="runs/phase2/ckpt.pt",
         help="the tokenizer of the prior's codes, of phase 1 or 2")
-    add("--count", type=int, default=64, help="number of samples, or of images to look at")
+    add("--count", type=runtime.at_least_1, default=64,
+        help="number of samples, or of images to look at")
     add("--out", default="samples", help="folder for the results")
     add("--labels", type=int, nargs="+", help="classes to sample, in turn; default: all")
-    add("--batch_size", type=int, default=64, help="samples drawn at once by a process")
+    add("--batch_size", type=runtime.at_least_1, default=64,
+        help="samples drawn at once by a process")
     add("--seed", type=int, default=0, help="another seed, other samples")
-    add("--top_p", type=float, default=0.92, help="AR (Table 10: 0.92, 0.98 without classes)")
+    add("--top_p", type=runtime.above_0, default=0.92,
+        help="AR (Table 10: 0.92, 0.98 without classes)")
     add("--top_k", type=int, default=0, help="AR: keep the k most probable codes; 0: all")
-    add("--temperature", type=float, default=1.0, help="divides the logits")
-    add("--steps", type=int, default=12, help="NAR: decoding steps T")
+    add("--temperature", type=runtime.above_0, default=1.0, help="divides the logits")
+    add("--steps", type=runtime.at_least_1, default=12, help="NAR: decoding steps T")
     add("--choice_temperature", type=float, default=0.45,
         help="NAR: noise on the confidence (Table 10: 0.45, 0.65 without classes)")
     add("--cfg", type=float, default=0.0, help="classifier-free guidance; the paper uses none")
@@ -67,20 +69,26 @@ def load_pair(prior_path, tokenizer_path, device):
 
 
 @torch.no_grad()
-def draw(args, device):
+def draw(args, device, compiled):
     """Sample with all processes, and write samples.npz, grid.png, sampler.json."""
     out = Path(args.out)
     if (out / "samples.npz").exists():
         raise SystemExit(f"{out} already holds samples: choose another --out")
     prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    if args.labels and not prior.classes:
+        raise SystemExit(f"--labels: {args.prior} was trained without classes")
+    if args.labels and not 0 <= min(args.labels) <= max(args.labels) < prior.classes:
+        raise SystemExit(f"--labels {args.labels}: {args.prior} has classes 0 to "
+                         f"{prior.classes - 1}")
+    runtime.on_one_machine("draw samples")
     if args.cfg and not prior.config["null_class"]:
         raise SystemExit("--cfg needs a prior that was trained with --label_dropout")
-    if args.compile:
+    if compiled:
         tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     # by default the classes that the data had: rows of classes never seen were never trained
     cycle = torch.tensor(args.labels or range(max(1, len(state["classes"]))))
-    labels = cycle[torch.arange(args.count) % len(cycle)] if prior.classes or args.labels else None
+    labels = cycle[torch.arange(args.count) % len(cycle)] if prior.classes else None
     names = ("temperature", "cfg", "top_k", "top_p") if prior.kind == "ar" else (
         "temperature", "cfg", "steps", "choice_temperature")
     options = {name: getattr(args, name) for name in names}
@@ -88,10 +96,12 @@ def draw(args, device):
     size, b = tokenizer.image_size, min(args.batch_size, args.count)
     path = out / "unfinished.npy"
     if runtime.is_main():
-        out.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", np.uint8, (args.count, size, size, 3)).flush()
+        runtime.create_array(path, (args.count, size, size, 3), np.uint8)
     runtime.barrier()
     samples = np.load(path, mmap_mode="r+")  # all processes fill it
+    runtime.barrier()
+    if runtime.is_main():
+        path.unlink()  # it lives as long as they have it open, and no longer
     firsts = range(0, args.count, b)
     progress = runtime.Progress(len(firsts))
     for n, first in enumerate(firsts[runtime.rank()::runtime.world()], 1):
@@ -106,7 +116,6 @@ def draw(args, device):
         images = torch.cat(images).permute(0, 2, 3, 1)[:args.count - first]  # (b, H, W, 3)
         samples[first:first + b] = images.cpu().numpy()
         progress.show("sampling", n * runtime.world(), images=b, every_s=20)
-    samples.flush()
     runtime.barrier()
     if not runtime.is_main():
         return
@@ -116,13 +125,8 @@ def draw(args, device):
                          "prior_sha256": sha256(args.prior), "data": state["args"]["data"],
                          "tokenizer_sha256": sha256(args.tokenizer), "torch": torch.__version__}
     (out / "sampler.json").write_text(json.dumps(made, indent=1) + "\n")
-    with zipfile.ZipFile(out / "samples.tmp", "w") as archive:  # without all of it in memory
-        archive.write(path, "arr_0.npy")
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
-                np.save(member, labels.numpy())
-    (out / "samples.tmp").rename(out / "samples.npz")
-    path.unlink()
+    arrays = {"arr_0": samples} | ({} if labels is None else {"arr_1": labels.numpy()})
+    runtime.save_file(out / "samples.npz", lambda file: np.savez(file, **arrays))
     print(f"{args.count} samples in {out}/samples.npz, the first of them in {out}/grid.png")
 
 
@@ -183,7 +187,7 @@ def main():
     looking = args.teacher_forced or args.noise
     if looking:  # these run so; the first line shall say it
         args.dtype, args.compile = "fp32", False
-    device = runtime.setup(args)
+    device, compiled = runtime.setup(args)
     if looking and runtime.world() > 1:
         raise SystemExit("--teacher_forced and --noise run in one process: python, not torchrun")
     if args.teacher_forced:
@@ -194,7 +198,7 @@ def main():
         share = changed_codes(tokenizer, x, args.sigma, args.seed)
         print(f"{100 * share:.2f} % of the codes change under noise of sigma {args.sigma}")
     else:
-        draw(args, device)
+        draw(args, device, compiled)
 
 
 if __name__ == "__main__":

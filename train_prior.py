@@ -38,7 +38,8 @@ def parse():
     add("--lr_end", type=float, help="learning rate at the last step; default: --lr / 20, nar 0")
     add("--decay_start", type=int,
         help="step at which the decay begins; default: 80/1500 of --iters, nar 50/1500")
-    add("--views", type=int, help="crops and flips per image; default: 4, with --crop center 1")
+    add("--views", type=runtime.at_least_1,
+        help="crops and flips per image; default: 4, with --crop center 1")
     add("--codes", help="folder of the code cache, to share it; default: codes/ in --out")
     parser.set_defaults(fingerprint="")  # of the tokenizer: no flag, but kept with them
     given = runtime.first_look(parser)
@@ -46,15 +47,14 @@ def parse():
         saved = vq.load_tokenizer(given.tokenizer)[1]["args"]
         runtime.inherit(parser, saved, ("data", "val", "crop", "image_size"))
     args = runtime.parse(parser, "prior", FIXED)
+    if args.kind == "ar" and args.lr_end == 0:
+        raise SystemExit("--lr_end 0 with --kind ar: an exponential decay never ends at 0")
     if args.views is None:
         args.views = 1 if args.crop == "center" else 4
     return args
 
 
 # --------------------------------------------------------------------------------- the code cache
-
-EMPTY = 65535  # in the cache: no code yet
-
 
 class Views(data.TrainImages):
     """Row j * views + v: view v of image j, as TrainImages gives it."""
@@ -70,9 +70,8 @@ class Views(data.TrainImages):
 def open_array(path, shape, dtype, fill):
     """A memory-mapped .npy of that shape, made with `fill` everywhere if it is not there."""
     if runtime.is_main() and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        array = np.lib.format.open_memmap(temporary, "w+", dtype, shape)
+        array = runtime.create_array(temporary, shape, dtype)
         array[:] = fill
         array.flush()
         os.replace(temporary, path)
@@ -81,24 +80,36 @@ def open_array(path, shape, dtype, fill):
 
 
 def encode_dataset(folder, source, model, crop, views, args, device):
-    """Codes of all views of all images (rows, N) uint16 and labels (rows,) int32, memory-mapped.
+    """Codes of all views of all images (rows, N) uint16 (of more than 65,535 codes uint32) and
+    labels (rows,) int32, memory-mapped.
 
     They lie in a folder named after all that they depend on, so those of another tokenizer or data
-    set are never taken. A stopped run goes on with the rows that are still EMPTY."""
+    set are never taken. A stopped run goes on with the rows that are still empty: their codes are
+    the largest number of their type."""
     dataset = Views(source, args.image_size, crop, views)
     shape = len(source) * views, (args.image_size // model.f) ** 2  # (rows, N)
     made_of = vq.fingerprint(model), source.signature(), shape, crop, views, args.image_size
     folder = Path(f"{folder}-{data.digest(str(made_of))}")
-    codes = open_array(folder / "codes.npy", shape, np.uint16, EMPTY)
+    dtype = np.uint16 if model.quantizer.codebook_size < 2 ** 16 else np.uint32
+    empty = np.iinfo(dtype).max
+    codes = open_array(folder / "codes.npy", shape, dtype, empty)
     labels = open_array(folder / "labels.npy", shape[:1], np.int32, 0)
     todo = [range(i, min(i + 32, shape[0])) for i in range(0, shape[0], 32)]
-    todo = [rows for rows in todo if (codes[rows.start:rows.stop] == EMPTY).any()]
+
+    def unwritten():
+        return [rows for rows in todo if (codes[rows.start:rows.stop] == empty).any()]
+
+    todo = unwritten()
+    if todo:
+        runtime.on_one_machine("encode the data")
     runtime.barrier()  # all have looked before one writes
     mine = todo[runtime.rank()::runtime.world()]
-    bad, progress = data.Bad(source), runtime.Progress(len(todo))
+    unreadable, progress = data.Unreadable(source), runtime.Progress(len(todo))
     batches = data.loader(dataset, mine, args.workers, device)
     for n, (rows, (images, y, reasons)) in enumerate(zip(mine, batches), 1):
-        bad(reasons)
+        unreadable.note(reasons)
+        if sentence := unreadable.too_many():
+            raise SystemExit(sentence)
         with torch.no_grad():  # fp32: in bf16 one code in a hundred is another
             indices = model.encode(data.to_float(images, device))[1].flatten(1)
         labels[rows.start:rows.stop] = y.numpy()
@@ -107,6 +118,8 @@ def encode_dataset(folder, source, model, crop, views, args, device):
     codes.flush()
     labels.flush()
     runtime.barrier()
+    if unwritten():
+        raise SystemExit(f"{folder} lacks codes that were written: was it changed meanwhile?")
     return codes, labels
 
 
@@ -163,10 +176,8 @@ def prior_step(model, micro_batches, args):
     return total
 
 
-@torch.no_grad()
 def validate(model, cache, args, device):
     """Loss in nats per token on at most 5,000 images (NAR: per masked token, always the same)."""
-    model.eval()
     chosen = data.spread(len(cache[0]), 5000)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(chosen), model.tokens + 2, generator=generator)
@@ -174,28 +185,35 @@ def validate(model, cache, args, device):
     for first in range(runtime.rank() * 64, len(chosen), runtime.world() * 64):
         indices, labels = fetch(cache, chosen[first:first + 64], args, device)
         u = noise[first:first + 64].to(device)
-        with runtime.autocast(device, args.dtype):
+        with runtime.evaluating(model, device, args.dtype):
             tokens, labels, mask = model.corrupt(indices, labels, u)
             loss, count = model.loss(model(tokens, labels), indices, mask)
         total += torch.stack([loss, count]).cpu().double()
-    model.train()
     loss, count = runtime.sum_over_processes(total).tolist()
     return loss / count
 
 
 def main():
     args = parse()
-    device = runtime.setup(args)
+    device, compiled = runtime.setup(args)
     b, rank, world = runtime.micro_batch(args), runtime.rank(), runtime.world()
-    tokenizer, _ = vq.load_tokenizer(args.tokenizer, device)
+    run = runtime.Run(args, "prior", SHOWN)
+    tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
+    if args.image_size != saved["args"]["image_size"]:
+        raise SystemExit(f"--image_size {args.image_size}, but {args.tokenizer} was trained at "
+                         f"{saved['args']['image_size']}")
     K, fingerprint = tokenizer.quantizer.codebook_size, vq.fingerprint(tokenizer)
     if args.fingerprint not in ("", fingerprint):
         raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on")
     args.fingerprint = fingerprint
-    source, val = data.open_data(args)
+    source, val = data.open_data(args, labels=args.classes != 0)
     if args.classes is None:
         args.classes = len(source.classes)
-    if args.compile:
+    if 0 < args.classes < len(source.classes):
+        raise SystemExit(f"--classes {args.classes}, but the data have {len(source.classes)}")
+    if args.label_dropout and not args.classes:
+        raise SystemExit("--label_dropout needs classes")
+    if compiled:
         tokenizer.encoder.compile(dynamic=False)
     folder = Path(args.codes or Path(args.out) / "codes")
     cache = encode_dataset(folder / "train", source, tokenizer, args.crop, args.views, args, device)
@@ -209,23 +227,39 @@ def main():
     model = Transformer(args.kind, args.size, K, N, args.classes, args.dropout, null_class)
     model.to(device)
     opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
-    run = runtime.Run(args, "prior", SHOWN)
     start = run.resume(model=model, opt=opt)
-    losses = [line["loss"] for line in run.lines if line["split"] == "val"]
-    best = min((loss for loss in losses if loss is not None), default=math.inf)
+    best = run.lowest()
     H = unigram_entropy(cache[0], K)
     if runtime.is_main():
         print(f"{rows} rows of {N} codes, {len(val_cache[0])} for validation; ln K "
               f"{math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
-    if args.compile:
+    if compiled:
         model.compile(dynamic=False)
     steps, averages = runtime.Steps(run, opt), runtime.Averages()
 
-    def save(step, path):
+    def checkpoint(step, path):
         run.save(step, path, config=model.config, model=model.state_dict(), opt=opt.state_dict(),
                  tokenizer=fingerprint, grid=grid, classes=list(source.classes))
 
+    def save(step):
+        _, tokens, labels, _ = micro_batches[0]
+        with (runtime.evaluating(model, device, args.dtype),
+              torch.compiler.set_stance("force_eager")):
+            logits = model(tokens, labels)
+        if steps.sound(step, logits):
+            checkpoint(step, run.ckpt)
+
+    def evaluate(step):
+        nonlocal best
+        loss = validate(model, val_cache, args, device)
+        if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
+            best = loss
+            checkpoint(step, run.out / "best.pt")
+        run.log(step, "val", loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss)
+
     model.train()
+    if run.missed(start):
+        evaluate(start)
     for step in range(start, args.iters):
         # Noise of the global batch: each process takes its rows. Dropout is drawn per process.
         generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step))
@@ -248,18 +282,13 @@ def main():
         done = step + 1
         if run.due(done, args.log_every):
             run.log(done, "train", lr=lr, grad_norm=norm, skipped=steps.skipped, **averages.means())
-        stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
-        if due and not stop:
-            loss = validate(model, val_cache, args, device)
-            values = dict(loss=loss, lnK=math.log(K), H=H, H_minus_loss=H - loss)
-            good = run.log(done, "val", **values) and good
-            if loss < best:  # FFHQ's AR prior overfits: the best is kept beside the last
-                best = loss
-                save(done, run.out / "best.pt")
-        if (due or stop) and good:  # else the last good state stays on disk
-            save(done, run.ckpt)
-        if stop:
-            return
+        stop, due = run.stopping(), run.due(done, args.eval_every)
+        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+            save(done)
+            run.leave()
+        if due:
+            save(done)
+            evaluate(done)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ INHERITED = ("data", "val", "crop", "image_size", "channels", "z_dim", "quantize
 FIXED = ("phase", "seed", "batch_size", "image_size", "crop", "channels", "z_dim", "quantizer",
          "codebook_size", "attention", "extra_blocks", "disc_channels")  # while a run goes on
 SHOWN = ("loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit", "skipped",
-         "psnr", "usage", "perplexity")
+         "psnr", "usage", "perplexity", "code_deviation")
 
 
 def parse():
@@ -168,22 +168,20 @@ def start_codes(model, x, args):
     model.quantizer.codebook.copy_(codes)
 
 
-@torch.no_grad()
-def validate(model, perceptual, batches, full, device, args, bad):
+def validate(model, perceptual, batches, full, device, args, unreadable):
     """Means over the validation set, usage and perplexity of the codes. `batches` have `full`
     images and a last one fewer."""
-    model.eval()
     names = ["l1", "psnr", "perceptual", *perceptual.weights]
     total = torch.zeros(len(names) + 1, device=device)
     histogram = torch.zeros(args.codebook_size, device=device)
     for images, _, reasons in batches:
-        bad(reasons)
+        unreadable.note(reasons)
         x = data.to_float(images[[not reason for reason in reasons]], device)
         if not len(x):
             continue
         # A last batch of another size runs uncompiled: it is not worth a graph of its own.
         stance = "default" if len(x) == full else "force_eager"
-        with runtime.autocast(device, args.dtype), torch.compiler.set_stance(stance):
+        with runtime.evaluating(model, device, args.dtype), torch.compiler.set_stance(stance):
             z_q, indices, _ = encode(model, x, args)
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
@@ -193,24 +191,26 @@ def validate(model, perceptual, batches, full, device, args, bad):
         values = [(x_hat - x).abs().mean(), psnr.mean(), loss, *layers.values(), loss.new_ones(())]
         total += torch.stack(values).float() * len(x)
         histogram += torch.bincount(indices.flatten(), minlength=args.codebook_size)
-    model.train()
     means = dict(zip(names, (runtime.sum_over_processes(total) / total[-1]).tolist()))
     usage, perplexity, H = vq.usage_and_perplexity(runtime.sum_over_processes(histogram))
-    return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
+    # From about 0.5 on, in 256 dimensions, the entropy term gives unused codes no gradient.
+    deviation = model.quantizer.codes().detach().std(0).mean()
+    return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H,
+                    "code_deviation": deviation}
 
 
-@torch.no_grad()
 def save_picture(path, model, val, device, args):
     """Eight images, spread over the set, below them their reconstructions, and so on."""
     images = data.EvalImages(val, args.image_size)
     x = torch.stack([images[i][0] for i in data.spread(len(val), 32)])
     x = data.to_float(x, device)
-    model.eval()
-    with runtime.autocast(device, args.dtype), torch.compiler.set_stance("force_eager"):
+    with (runtime.evaluating(model, device, args.dtype),
+          torch.compiler.set_stance("force_eager")):
         x_hat = model.decode(encode(model, x, args)[0])
-    model.train()
-    rows = zip(x.split(8), x_hat.split(8))
-    data.save_grid(path, torch.cat([row for pair in rows for row in pair]), min(8, len(x)))
+    columns = min(8, len(x))
+    x, x_hat = (F.pad(t, (0, 0) * 3 + (0, -len(t) % columns), value=1) for t in (x, x_hat))
+    rows = zip(x.split(columns), x_hat.split(columns))
+    data.save_grid(path, torch.cat([row for pair in rows for row in pair]), columns)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -243,8 +243,9 @@ def build(args, device):
 
 def main():
     args = parse()
-    device = runtime.setup(args)
+    device, compiled = runtime.setup(args)
     b = runtime.micro_batch(args)
+    run = runtime.Run(args, "tokenizer", SHOWN)
     source, val = data.open_data(args)
     vgg = runtime.main_first(lambda: losses.load_vgg(args.vgg))
     perceptual = losses.PerceptualLoss(vgg, args.alpha, args.perceptual_layers).to(device)
@@ -261,9 +262,8 @@ def main():
     parts = {"model": model, "opt": opts[0]}
     if disc:
         parts |= {"disc": disc, "opt_disc": opts[1]}
-    run = runtime.Run(args, "tokenizer", SHOWN)
     start = run.resume(**parts)
-    if args.compile:  # parts: the quantizer (fp32, a collective inside) stays as it is
+    if compiled:  # parts: the quantizer (fp32, a collective inside) stays as it is
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
             part.compile(dynamic=False)  # else validation makes all later steps dynamic
 
@@ -272,17 +272,38 @@ def main():
     full = min(64, b)  # more images are too many for the attention decoder's kernels
     val_batches = data.eval_loader(data.EvalImages(val, args.image_size), full,
                                    min(args.workers, 2), device, 5000)
-    bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
-    steps = runtime.Steps(run, *opts)
+    unreadable, averages = data.Unreadable(source), runtime.Averages()
+    unreadable_val, steps = data.Unreadable(val), runtime.Steps(run, *opts)
+
+    def save(step):
+        with (runtime.evaluating(model, device, args.dtype),
+              torch.compiler.set_stance("force_eager")):
+            x_hat, *_ = model(xs[0])
+        if steps.sound(step, x_hat):
+            state = {name: part.state_dict() for name, part in parts.items()}
+            run.save(step, run.ckpt, config=config, **state)
+
+    def evaluate(step):
+        values = validate(model, perceptual, val_batches, full, device, args, unreadable_val)
+        if runtime.is_main():
+            save_picture(run.out / "samples" / f"{step:07}.png", model, val, device, args)
+        run.log(step, "val", **values)
+        positions = min(len(val), 5000) * (args.image_size // model.f) ** 2
+        reachable = min(1, positions / args.codebook_size)
+        if values["usage"] < 0.5 * reachable and runtime.is_main():
+            print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the "
+                  f"validation set (H near ln K does not show it)", flush=True)
 
     model.train()
+    if run.missed(start):
+        evaluate(start)
     for step in range(start, args.iters):
         lr = runtime.cosine(step, args.iters, args.lr, lr_end)
         adv_weight = args.adv_weight * min(1, step / args.disc_ramp if args.disc_ramp else 1)
         xs = []
         for _ in range(args.accum):
             images, _, reasons = next(batches)
-            bad(reasons)
+            unreadable.note(reasons)
             xs.append(data.to_float(images, device))  # (b, 3, S, S) in [-1, 1]
         if step and step == args.vq_start:
             start_codes(model, xs[0], args)
@@ -299,20 +320,13 @@ def main():
             values = averages.means() | dict(zip(("grad_norm", "grad_norm_disc"), norms))
             run.log(done, "train", lr=lr, adv_weight=adv_weight, skipped=steps.skipped,
                     **values)
-        stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
-        if due and not stop:
-            values = validate(model, perceptual, val_batches, full, device, args, bad_val)
-            if runtime.is_main():
-                save_picture(run.out / "samples" / f"{done:07}.png", model, val, device, args)
-            good = run.log(done, "val", **values) and good
-            if values["usage"] < 0.5 and runtime.is_main():
-                print(f"warning: only {100 * values['usage']:.1f} % of the codes are used on the "
-                      f"validation set (H near ln K does not show it)", flush=True)
-        if (due or stop) and good:  # else the last good state stays on disk
-            state = {name: part.state_dict() for name, part in parts.items()}
-            run.save(done, run.ckpt, config=config, **state)
-        if stop:
-            return
+        stop, due = run.stopping(unreadable.too_many()), run.due(done, args.eval_every)
+        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+            save(done)
+            run.leave()
+        if due:
+            save(done)
+            evaluate(done)
 
 
 if __name__ == "__main__":

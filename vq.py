@@ -213,9 +213,10 @@ class Quantizer(nn.Module):
 def usage_and_perplexity(histogram):
     """Counts (K,) of codes over a validation set -> share of codes hit at least once, exp of the
     entropy (in codes), and the entropy itself in nats."""
-    p = histogram.cpu().double() / histogram.sum().cpu()
+    histogram = histogram.cpu()  # MPS has no doubles
+    p = histogram.double() / histogram.sum()
     H = -(p * p.clamp(min=1e-12).log()).sum()
-    return (histogram > 0).double().mean().item(), H.exp().item(), H.item()
+    return (histogram > 0).float().mean().item(), H.exp().item(), H.item()
 
 
 # ------------------------------------------------------------------------------ the tokenizer
@@ -240,7 +241,9 @@ class VQModel(nn.Module):
 
     def decode(self, z_q):
         """z_q (B, n_z, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
-        return self.decoder(z_q).float()  # bf16 autocast or not: what sees it sees one type
+        x_hat = self.decoder(z_q)
+        # bf16 autocast, compiled or not: what sees it sees one type and one layout
+        return x_hat.float().contiguous(memory_format=torch.channels_last)
 
     def decode_indices(self, indices):
         """indices (B, h, w) -> image (B, 3, H, W)."""

@@ -250,7 +250,7 @@ def main():
     runtime.add_device_flags(add)
     parser.set_defaults(dtype="auto")  # the scripts' own; so the first line says it
     args = parser.parse_args()
-    device = runtime.setup(args)
+    device, args.compile = runtime.setup(args)
     args.size = args.size or ("paper" if device.type == "cuda" else "small")
     args.batch_size = args.batch_size or (32 if args.size == "paper" else 8)
     table = Table(args, device)

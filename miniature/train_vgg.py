@@ -62,19 +62,19 @@ def cross_entropy(logits, labels, kinds, **options):
     return sum(F.cross_entropy(part, y, **options) for part, y in parts), right
 
 
-@torch.no_grad()
-def validate(net, batches, device, bad):
+def validate(net, batches, device, unreadable):
     """Cross-entropy and accuracy on the validation set; the latter of each softmax, too."""
-    net.eval()
     loss = right = n = 0
     for images, labels, reasons in batches:
-        bad(reasons)
+        unreadable.note(reasons)
         good = [not reason for reason in reasons]
-        logits = net(data.to_float(images[good], device), ("logit",))["logit"]
+        if not any(good):
+            continue
+        with runtime.evaluating(net, device, "fp32"):
+            logits = net(data.to_float(images[good], device), ("logit",))["logit"]
         terms = cross_entropy(logits, labels[good].to(device), net.config["kinds"])
         loss, right = (total + sum(good) * term for total, term in zip((loss, right), terms))
         n += sum(good)
-    net.train()
     each = {f"accuracy_{i}": share for i, share in enumerate((right / n).tolist())}
     return {"loss": loss / n, "accuracy": right.mean() / n} | each
 
@@ -89,8 +89,9 @@ def measure_scale(net, batches, device):
         x = data.to_float(images[[not reason for reason in reasons]], device)
         n += len(x)
         for i, f in enumerate(net(x, losses.LAYERS).values()):
-            sums[i] = sums[i] + f.double().sum(0)
-            squares[i] = squares[i] + f.double().square().sum(0)
+            f = f.cpu().double()  # MPS has no doubles
+            sums[i] = sums[i] + f.sum(0)
+            squares[i] = squares[i] + f.square().sum(0)
     variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
     net.scale.copy_(torch.stack(variance))
     net.train()
@@ -98,21 +99,21 @@ def measure_scale(net, batches, device):
 
 def main():
     args = parse()
-    device = runtime.setup(args)
+    device, compiled = runtime.setup(args)
     if runtime.world() > 1:
         raise SystemExit("train_vgg.py runs in one process: start it with python, not torchrun")
-    source, val = data.open_data(args)
-    if not source.classes:
-        raise SystemExit(f"--data {args.data} has no classes: a classifier needs a folder of class "
-                         f"folders, or torchvision:NAME")
+    run = runtime.Run(args, "vgg", shown=("loss", "accuracy", "skipped"))
+    source, val = data.open_data(args, labels=True)
+    if len(source.classes) < 2:
+        raise SystemExit(f"--data {args.data} has no classes, or one: a classifier needs a folder "
+                         f"of class folders, or torchvision:NAME")
     source.fine = val.fine = True  # of shapes all parts; others don't look at it
     kinds = getattr(source, "kinds", [len(source.classes)])
     torch.manual_seed(args.seed)
     net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-    run = runtime.Run(args, "vgg", shown=("loss", "accuracy", "skipped"))
     start = run.resume(model=net, opt=opt)
-    if args.compile:
+    if compiled:
         net.compile(dynamic=False)
 
     stream = data.TrainImages(source, args.image_size, args.crop, args.seed)
@@ -121,13 +122,27 @@ def main():
                                      1024)
     val_batches = data.eval_loader(data.EvalImages(val, args.image_size), 200,
                                    min(args.workers, 2), device, 5000)
-    bad, bad_val, averages = data.Bad(source), data.Bad(val), runtime.Averages()
-    steps = runtime.Steps(run, opt)
+    unreadable, averages = data.Unreadable(source), runtime.Averages()
+    unreadable_val, steps = data.Unreadable(val), runtime.Steps(run, opt)
+
+    def save(step):
+        with runtime.evaluating(net, device, args.dtype):
+            logits = net(batch[0][0], ("logit",))["logit"]
+        if steps.sound(step, logits):
+            measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
+            run.save(step, run.ckpt, model=net.state_dict(), opt=opt.state_dict(),
+                     config=net.config, classes=list(source.classes))
+
+    def evaluate(step):
+        run.log(step, "val", **validate(net, val_batches, device, unreadable_val))
+
+    if run.missed(start):
+        evaluate(start)
     for step in range(start, args.iters):
         batch = []
         for a in range(args.accum):
             x, y, reasons = next(batches)
-            bad(reasons)
+            unreadable.note(reasons)
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
             generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step, a))
             batch.append((perturb(x, generator).requires_grad_(args.attack > 0), y))
@@ -146,15 +161,13 @@ def main():
         done = step + 1
         if run.due(done, args.log_every):
             run.log(done, "train", skipped=steps.skipped, **averages.means())
-        stop, due, good = run.stopping(), run.due(done, args.eval_every), not steps.in_a_row
-        if due and not stop:
-            good = run.log(done, "val", **validate(net, val_batches, device, bad_val)) and good
-        if (due or stop) and good:  # else the last good state stays on disk
-            measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
-            run.save(done, run.ckpt, model=net.state_dict(), opt=opt.state_dict(),
-                     config=net.config, classes=list(source.classes))
-        if stop:
-            return
+        stop, due = run.stopping(unreadable.too_many()), run.due(done, args.eval_every)
+        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+            save(done)
+            run.leave()
+        if due:
+            save(done)
+            evaluate(done)
 
 
 if __name__ == "__main__":

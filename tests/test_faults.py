@@ -7,13 +7,16 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, PRIOR, ROOT, TINY, launch, lines, load, same, save_prior
+from conftest import COMMON, PRIOR, ROOT, TINY, command, launch, lines, load, same, save_prior
 from PIL import Image
 
 import data
@@ -76,25 +79,50 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(kind, words, start, tmp_
     stopped = start([*often, "--workers", int(kind == "phase 1")], step=3, signals=[last])
     stopped.join()
     at = 2 if kind == "train_vgg" else 3  # it learns each batch twice
-    assert whole.exitcode == stopped.exitcode == 0 and load(tmp_path / "cut/ckpt.pt")["step"] == at
+    assert whole.exitcode == 0 and stopped.exitcode == 128 + last
+    assert load(tmp_path / "cut/ckpt.pt")["step"] == at
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None):
         process = start(often)
         if number:
             time.sleep(random.uniform(0, seconds / 2))
             (process.kill if number == signal.SIGKILL else process.terminate)()
         process.join()
-        assert process.exitcode in ((0, -number) if number else (0,))
+        assert process.exitcode in ((0, -number, 128 + number) if number else (0,))
         assert load(tmp_path / "cut/ckpt.pt")["step"] >= at  # whole, at any moment
     one, two = (load(tmp_path / out / "ckpt.pt") for out in ("whole", "cut"))
     assert one["step"] == 6 and same(one | {"args": 0}, two | {"args": 0})
     assert lines(tmp_path / "whole", "train") == lines(tmp_path / "cut", "train")
 
 
-def test_a_second_signal_ends_a_run_at_once(words, start, tmp_path):
-    signals = [signal.SIGHUP, signal.SIGTERM]
-    process = start([*words["train_vgg"], "--out", tmp_path / "run"], step=2, signals=signals)
-    process.join()
-    assert process.exitcode == -signal.SIGTERM and not (tmp_path / "run/ckpt.pt").exists()
+def descendants(pid):
+    """Process numbers of a process's children, and theirs."""
+    children = (Path(f"/proc/{pid}/task/{pid}/children").read_text() if pid else "").split()
+    return [pid, *itertools.chain(*map(descendants, map(int, children)))]
+
+
+@pytest.mark.parametrize("processes, number", [(0, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_every_process_is_one_request(processes, number, vgg, tmp_path):
+    """A script in a terminal that traps Ctrl-C and passes it on; torchrun under Slurm. There are
+    data workers; afterwards no process is left."""
+    words = [*TINY, "--vgg", vgg, "--iters", 10**6, "--eval_every", 10**6, "--workers", 2,
+             "--out", tmp_path / "run"]
+    line = shlex.join(command(["train_tokenizer.py", *words], processes))
+    script = f"{line} & child=$!; trap 'kill -TERM $child' INT TERM; wait $child; wait $child"
+    shell = subprocess.Popen(["bash", "-c", script], start_new_session=True, cwd=tmp_path)
+    while len(runtime.read_metrics(tmp_path / "run/metrics.jsonl")) < 2:
+        assert shell.poll() is None
+        time.sleep(0.2)
+    everyone = descendants(shell.pid)
+    assert len(everyone) >= (8 if processes else 4)
+    for pid in everyone:
+        os.kill(pid, number)
+    assert shell.wait(timeout=300) == (1 if processes else 128 + number)
+    assert load(tmp_path / "run/ckpt.pt")["step"] == lines(tmp_path / "run", "train")[-1]["step"]
+    for _ in range(300):
+        if not any(Path(f"/proc/{pid}").exists() for pid in everyone):
+            break
+        time.sleep(0.2)
+    assert not [pid for pid in everyone if Path(f"/proc/{pid}").exists()]
 
 
 def test_under_nohup_a_run_goes_on_when_its_terminal_closes(words, start, tmp_path):
@@ -146,6 +174,153 @@ def test_two_processes_compute_what_one_computes(script, vgg, tmp_path):
         assert all(torch.allclose(x, b["model"][k], atol=1e-5) for k, x in a["model"].items())
 
 
+# -------------------------------------------------------------------------------- how a script ends
+
+FAIL = """
+import sys
+sys.path[:0] = {path}
+import resource, signal
+import data, fid, runtime, train_tokenizer, train_prior
+from miniature.shapes import Shapes
+Shapes.SIZES = {{"train": 60, "val": 12}}
+{fault}
+runtime.launch({script}.main)
+"""
+FAULTS = {
+    "main": """
+def take(self, lr, real=runtime.Steps.take):
+    if runtime.rank() == runtime.world() - 1:
+        raise ArithmeticError("mine")
+    return real(self, lr)
+runtime.Steps.take = take""",
+    "worker": """
+def to_tensor(array):
+    raise ArithmeticError("mine")
+data.to_tensor = to_tensor""",
+    "save": """
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"""}
+
+
+@pytest.mark.parametrize("fault, processes", [("main", 0), ("main", 2), ("worker", 0), ("save", 0),
+                                              ("save", 2)])
+def test_whatever_goes_wrong_a_script_with_data_workers_ends(fault, processes, vgg, tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL.format(path=sys.path, fault=FAULTS[fault],
+                                                  script="train_tokenizer"))
+    words = [*TINY, "--vgg", vgg, "--workers", 2, "--out", tmp_path / "run"]
+    done = launch([tmp_path / "fail.py", *words], processes, check=False, timeout=300)
+    assert done.returncode and ("mine" in done.stderr or fault == "save"), done.stderr
+    if fault == "save":
+        assert "ckpt.pt can't be written" in done.stderr and "MiB are free" in done.stderr
+        assert not {*tmp_path.glob("run/ckpt*")}
+
+
+def test_pictures_of_several_sizes_end_a_metric(photos, vgg):
+    words = ["--real", photos, "--features", vgg, "--workers", 2, "--device", "cpu"]
+    done = launch(["fid.py", *words], check=False, timeout=300)
+    assert done.returncode and "size" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_prior", "sample"])
+def test_room_for_arrays_is_taken_at_the_start(script, tokenizer, prior, tmp_path):
+    (tmp_path / "fail.py").write_text(FAIL.format(path=sys.path, fault=FAULTS["save"],
+                                                  script=script).replace("fid", script))
+    words = {"train_prior": [*PRIOR, "--tokenizer", tokenizer, "--views", 50],
+             "sample": ["--tokenizer", tokenizer, "--prior", prior, "--device", "cpu"]}[script]
+    done = launch([tmp_path / "fail.py", *words, "--out", tmp_path / "out"], check=False)
+    name = {"train_prior": "codes.npy", "sample": "unfinished.npy"}[script]
+    assert done.returncode and f"{name}" in done.stderr and "can't be written" in done.stderr
+    assert not {*tmp_path.glob("out/**/*.npy*")} and "Traceback" not in done.stderr
+
+
+def test_two_runs_can_not_have_one_folder(words, start, refused, tmp_path):
+    first = start([*words["train_vgg"], "--iters", 10**6, "--out", tmp_path / "run"])
+    while len(runtime.read_metrics(tmp_path / "run/metrics.jsonl")) < 2:
+        time.sleep(0.1)
+    for more in ([], ["--resume"]):
+        sentence = refused(*words["train_vgg"], *more, "--out", tmp_path / "run")
+        assert "another process trains in" in sentence
+    first.kill()
+    first.join()
+    second = start([*words["train_vgg"], "--out", tmp_path / "run"])
+    second.join()
+    assert second.exitcode == 0
+
+
+def test_an_unreadable_held_out_picture_ends_nothing(script, many_photos, tmp_path, capsys):
+    """The 201st, alone in the last batch of a validation."""
+    (tmp_path / "val").mkdir()
+    for name in ("cats", "dogs"):
+        (tmp_path / "val" / name).mkdir()
+        for i in range(100):
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"val/{name}/{i:03}.png")
+    (tmp_path / "val/dogs/last.png").write_bytes(b"")
+    script("train_vgg", *VGG, "--data", many_photos, "--val", tmp_path / "val",
+           "--out", tmp_path / "run")
+    assert load(tmp_path / "run/ckpt.pt")["step"] == 6 and "last.png" in capsys.readouterr().out
+    assert all(line["loss"] > 0 for line in lines(tmp_path / "run", "val"))
+
+
+def test_too_many_unreadable_pictures_end_training_after_it_is_saved(script, many_photos, vgg,
+                                                                     tmp_path):
+    for i in range(0, 60, 2):
+        (many_photos / f"cats/{i}.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="of 1.. images can't be read"):
+        script("train_tokenizer", *TINY, "--vgg", vgg, "--data", many_photos, "--iters", 99,
+               "--eval_every", 99, "--out", tmp_path / "run")
+    last = lines(tmp_path / "run", "train")[-1]["step"]
+    assert load(tmp_path / "run/ckpt.pt")["step"] == last < 99
+
+
+# ------------------------------------------------------------------------------ on other machines
+
+ALL = """
+class Host(torch.Tensor):
+    pass
+
+
+class NoDoubles(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {{}}))
+        if function is torch.Tensor.cpu:
+            found = found.detach().clone().as_subclass(Host)
+        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if given and isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            assert any(isinstance(t, Host) or t.dtype == torch.float64 for t in given), function
+        return found
+
+
+def main():
+    multiprocessing.set_start_method("forkserver")
+    with NoDoubles():
+        for sys.argv in {runs}:
+            importlib.import_module(sys.argv[0]).main()
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
+"""
+
+
+def test_all_scripts_without_doubles_on_the_device_and_with_workers_by_forkserver(tmp_path):
+    """A Mac's GPU has no float64; Python 3.14 starts workers so."""
+    small = ["--workers", 1, "--iters", 2]
+    runs = [["train_vgg", *VGG, *small, "--out", "vgg"],
+            ["train_tokenizer", *TINY, *small, "--vgg", "vgg/ckpt.pt", "--out", "one"],
+            ["train_tokenizer", "--phase", 2, *COMMON, *small, "--init", "one/ckpt.pt",
+             "--out", "two"],
+            ["train_prior", *PRIOR, *small, "--tokenizer", "one/ckpt.pt", "--out", "ar"],
+            ["sample", "--prior", "ar/best.pt", "--tokenizer", "two/ckpt.pt", "--count", 4,
+             "--device", "cpu", "--out", "samples"],
+            ["fid", "--real", "shapes", "--image_size", 16, "--count", 20, "--workers", 1,
+             "--fake", "samples/samples.npz", "--features", "vgg/ckpt.pt", "--device", "cpu"]]
+    text = FAIL.format(path=sys.path, fault="import importlib, multiprocessing\nimport torch",
+                       script="").partition("runtime.launch")[0]
+    runs = [[*map(str, words)] for words in runs]
+    (tmp_path / "all.py").write_text(text + ALL.format(runs=runs))
+    launch([tmp_path / "all.py"], cwd=tmp_path, timeout=600)
+
+
 # -------------------------------------------------------------------- numbers that are not finite
 
 @pytest.mark.parametrize("kind", ["phase 1", "train_prior"])
@@ -174,13 +349,22 @@ def test_bad_steps_are_skipped_and_twenty_in_a_row_end_the_run(kind, words, scri
 
 @pytest.mark.parametrize("kind", ["phase 1", "train_prior", "train_vgg"])
 @pytest.mark.parametrize("at", [4, 5])  # the next step is not due, or it is
-def test_an_exploded_update_is_not_saved(kind, at, words, script, monkeypatch, tmp_path):
+def test_an_exploded_update_is_not_saved(kind, at, words, script, monkeypatch, signal_at, capsys,
+                                         tmp_path):
     """One step, finite, at a rate of 1e20; after it no gradient is finite."""
     module = importlib.import_module(words[kind][0])
     place = (module, "learning_rate") if kind == "train_prior" else (runtime, "cosine")
     monkeypatch.setattr(*place, lambda step, *_: 1e20 if step == at else 1e-4)
     with pytest.raises(SystemExit, match="holds step 4"):
         script(*words[kind], "--eval_every", 2, "--iters", 30, "--out", tmp_path / "run")
+    go_on = [*words[kind], "--eval_every", 2, "--out", tmp_path / "run", "--resume", "--iters"]
+    with pytest.raises(SystemExit, match=f"step {at + 1} is not saved.*of step 4"):
+        script(*go_on, at + 1)  # nor as the last one
+    if kind != "train_vgg":  # which learns each batch twice, the second time in vain
+        signal_at(at + 1)  # nor by a signal in that step
+        with pytest.raises(SystemExit, match="143"):
+            script(*go_on, 30)
+        assert f"step {at + 1} is not saved" in capsys.readouterr().out
     state = load(tmp_path / "run/ckpt.pt")
     assert state["step"] == 4 and all(v.abs().max() < 100 for v in state["model"].values())
 
@@ -196,7 +380,9 @@ def test_a_slip_is_one_sentence_before_any_work(words, refused, tokenizer, vgg, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.pt").write_bytes(tokenizer.read_bytes()[:2000])
     (tmp_path / "flat").mkdir()
-    Image.new("RGB", (16, 16)).save(tmp_path / "flat/a.png")
+    (tmp_path / "one/class").mkdir(parents=True)
+    for folder in ("flat", "one/class"):
+        Image.new("RGB", (16, 16)).save(tmp_path / folder / "a.png")
     prior = save_prior(tmp_path / "ckpt.pt", tokenizer)
     monkeypatch.setattr(data.TrainImages, "view", None)  # no image is read for training
     for kind, slip, key_words in [
@@ -214,6 +400,15 @@ def test_a_slip_is_one_sentence_before_any_work(words, refused, tokenizer, vgg, 
             ("phase 1", ["--vgg", "imagenet"], ["imagenet", "https://", "--vgg"]),
             ("phase 1", ["--vgg", tokenizer], ["tokenizer.pt", "train_vgg.py"]),
             ("train_vgg", ["--data", "flat", "--val", "flat"], ["flat", "no classes"]),
+            ("train_vgg", ["--data", "one", "--val", "one"], ["one", "no classes"]),
+            *((kind, [f"--{flag}", 0], [f"--{flag}", "'0'"]) for kind in ("phase 1", "train_prior")
+              for flag in ("lr", "iters", "batch_size", "accum", "log_every", "eval_every")),
+            ("train_prior", ["--views", 0], ["--views", "'0'"]),
+            ("train_prior", ["--kind", "ar", "--lr_end", 0], ["--lr_end 0", "never ends at 0"]),
+            ("train_prior", ["--image_size", 32], ["--image_size 32", "tokenizer.pt", "16"]),
+            ("train_prior", ["--classes", 3], ["--classes 3", "6"]),
+            ("train_prior", ["--classes", 0, "--label_dropout", 0.1], ["--label_dropout"]),
+            ("phase 1", ["--data", "shapes:clutter=2"], ["clutter", "[0, 1]"]),
             ("train_vgg", ["--resume", "--out", "."], ["ckpt.pt", "prior"]),  # of another script
             ("phase 1", ["--resume", "--out", "."], ["ckpt.pt", "prior"])]:
         sentence = refused(*words[kind], "--out", "fresh", *slip)
@@ -233,6 +428,21 @@ def test_a_run_is_not_overwritten(words, script, refused, tmp_path):
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
         assert "already holds a run" in refused(*words[kind], "--seed", 1, "--out", out)
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_what_can_not_go_on_is_one_sentence(words, script, refused, tmp_path, monkeypatch):
+    for kind, *flags in (("phase 1", "--adv_weight", 0), ("train_prior",)):
+        script(*words[kind], *flags, "--iters", 1, "--out", tmp_path / kind)
+    for kind, *flags in (("phase 1", "--adv_weight", 0.1), ("train_prior", "--label_dropout", 0.1)):
+        sentence = refused(*words[kind], *flags, "--resume", "--out", tmp_path / kind)
+        assert "ckpt.pt does not fit" in sentence, kind
+    path = tmp_path / "phase 1/ckpt.pt"
+    for content in (path.read_bytes()[:9000], b"", b"something else"):
+        path.write_bytes(content)
+        assert "ckpt.pt is no checkpoint" in refused(*words["phase 1"], "--resume",
+                                                     "--out", tmp_path / "phase 1")
+    sentence = refused(*words["phase 1"], "--out", path)  # a file, or read-only
+    assert str(path) in sentence and "can't be written" in sentence
 
 
 def test_an_error_of_ones_own_keeps_its_traceback(words, script, tmp_path, monkeypatch):

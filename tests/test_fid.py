@@ -268,7 +268,8 @@ def test_rfid_usage_and_perplexity_equal_a_loops(tokenizer, tmp_path, monkeypatc
         for its, x in zip(features, (pixels, x_hat)):
             its.append(Pixels()(x)[0].double())
     (m1, s1), (m2, s2) = ((x.mean(0), x.T.cov()) for x in map(torch.cat, features))
-    assert found["rFID"] == close(fid.frechet(m1, s1, m2, s2), 1e-6) and found["rFID"] > 1
+    # Of a batch of 70 a few pixels round to the neighbouring level of those of single images.
+    assert found["rFID"] == close(fid.frechet(m1, s1, m2, s2), 1e-4) and found["rFID"] > 1
     share = np.array([used.count(k) for k in {*used}]) / len(used)
     assert 4 < len(share) <= 13 and found["usage"] == len(share) / 16
     assert found["perplexity"] == close(np.exp(-(share * np.log(share)).sum()))

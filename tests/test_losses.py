@@ -230,8 +230,9 @@ def test_r1_of_a_step_is_pytorchs_second_derivative_in_value_and_gradient(dtype,
     x.requires_grad_()
     grad, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
     value = grad.square().sum((1, 2, 3)).mean()
-    assert losses.r1_penalty(disc, x).item() == pytest.approx(value.item(), rel=1e-5)
+    assert losses.r1_penalty(disc, x).item() == pytest.approx(value.item(), rel=1e-4)
     assert averages.means()["r1"] == pytest.approx(value.item(), rel=0.05)
     theirs = torch.autograd.grad(value, disc.parameters(), materialize_grads=True)
     for (name, p), g in zip(disc.named_parameters(), theirs):
-        assert (p.grad - g).abs().max() <= 1e-5 * g.abs().max(), name
+        # fp32 sums over 24 x 1,024 positions in another order; a wrong term is off by percents
+        assert (p.grad - g).abs().max() <= 1e-4 * g.abs().max(), name

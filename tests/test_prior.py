@@ -18,10 +18,11 @@ import sample
 import train_prior
 import vq
 from miniature.shapes import Shapes
-from train_prior import EMPTY, encode_dataset, learning_rate
+from train_prior import encode_dataset, learning_rate
 from transformer import Transformer, load_prior
 
 CPU, C = torch.device("cpu"), len(Shapes.classes)
+EMPTY = 65535  # in the cache: no code yet
 
 
 @pytest.fixture
@@ -101,6 +102,23 @@ data.to_float = to_float""")
     assert all(map(np.array_equal, whole, went_on)) and not (went_on[0] == EMPTY).any()
 
 
+def test_a_codebook_of_more_than_65535_codes(tokenizer, tmp_path):
+    model, _ = vq.load_tokenizer(tokenizer)
+    codebook = model.quantizer.codebook.data
+    model.quantizer.codebook.data = torch.cat([codebook + 100] * 4374 + [codebook])  # 70,000
+    model.quantizer.codebook_size = 70_000
+    args = SimpleNamespace(image_size=16, workers=0)
+    codes, _ = encode_dataset(tmp_path, Shapes("val"), model, "center", 1, args, CPU)
+    x = data.to_float(data.EvalImages(Shapes("val"), 16)[5][0][None], CPU)
+    assert codes.min() >= 69_984 and np.array_equal(codes[5], model.encode(x)[1].flatten())
+
+
+def test_codes_that_are_not_there_at_the_end_are_missed(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(vq.VQModel, "encode", lambda self, x: (0, torch.full((len(x), 64), EMPTY)))
+    with pytest.raises(SystemExit, match="lacks codes"):
+        encode(tmp_path / "a", tokenizer, Shapes("val"))
+
+
 def test_what_decides_the_codes_names_their_folder(tokenizer, phase_2, tmp_path, photos):
     other, folders = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "codes"
 
@@ -173,20 +191,40 @@ def test_validation_equals_a_loop_and_best_is_the_best(train, tmp_path, kind, mo
 
 
 def test_the_best_is_known_after_a_resume(train, tmp_path, monkeypatch, signal_at):
-    losses = iter([3.0, 1.0, math.nan, 2.0])
+    losses = iter([3.0, 1.0, math.nan, 1.5, 2.0])
     monkeypatch.setattr(train_prior, "validate", lambda *args: next(losses))
-    for step in (4, None):  # the step of the signal is not validated
-        signal_at(step)
-        train("--eval_every", 1, "--iters", 5, "--resume")
-        assert load(tmp_path / "prior/best.pt")["step"] == 2
-    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, None, 2.0]
+    signal_at(4)
+    with pytest.raises(SystemExit, match="143"):
+        train("--eval_every", 1, "--iters", 5)
+    assert load(tmp_path / "prior/best.pt")["step"] == 2
+    signal_at(None)
+    train("--eval_every", 1, "--iters", 5, "--resume")  # makes up for the validation of step 4
+    assert load(tmp_path / "prior/best.pt")["step"] == 2
+    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, None, 1.5, 2.0]
+
+
+def test_a_signal_in_the_last_step_costs_no_best_checkpoint(train, tmp_path, signal_at, capsys):
+    signal_at(6)
+    with pytest.raises(SystemExit, match="143"):
+        train("--eval_every", 6)
+    assert load(tmp_path / "prior/ckpt.pt")["step"] == 6
+    assert not (tmp_path / "prior/best.pt").exists()
+    signal_at(None)
+    for _ in range(2):
+        capsys.readouterr()
+        train("--eval_every", 6, "--resume")
+        assert load(tmp_path / "prior/best.pt")["step"] == 6
+        assert "is finished" in capsys.readouterr().out
+        assert len(lines(tmp_path / "prior", "val")) == 1
 
 
 def test_resume_is_exact(train, script, tmp_path, signal_at, tokenizer, refused):
     words = ["--kind", "nar", "--accum", 2, "--label_dropout", 0.2]
     whole = train(*words, out="whole")
     signal_at(2)
-    assert train(*words, out="parts")["step"] == 2
+    with pytest.raises(SystemExit, match="143"):
+        train(*words, out="parts")
+    assert load(tmp_path / "parts/ckpt.pt")["step"] == 2
     signal_at(None)
     script("train_prior", "--out", tmp_path / "parts", "--resume")  # the flags are the run's
     parts = load(tmp_path / "parts/ckpt.pt")
@@ -293,7 +331,15 @@ def test_what_does_not_belong_together_is_refused(prior, tokenizer, tmp_path, re
     assert "prior.pt" in refused(*words, "--prior", prior, "--tokenizer", prior)
     assert "--label_dropout" in refused(*words, "--prior", prior, "--tokenizer", tokenizer,
                                         "--cfg", 1)
+    pair = ["--prior", prior, "--tokenizer", tokenizer]
+    for flag in ("count", "steps", "batch_size", "temperature", "top_p"):
+        assert f"--{flag}" in refused(*words, *pair, f"--{flag}", 0)
+    assert f"classes 0 to {C - 1}" in refused(*words, *pair, "--labels", 99)
+    bare = save_prior(tmp_path / "bare.pt", tokenizer, classes=0)
+    assert "without classes" in refused(*words, *pair, "--prior", bare, "--labels", 1)
     monkeypatch.setattr(runtime, "world", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert "one machine" in refused(*words, *pair)
     assert "one process" in refused(*words, "--noise", "shapes", "--tokenizer", tokenizer)
     assert not out.exists()
 

@@ -1,7 +1,9 @@
 """Files that survive, steps that are skipped, runs that go on, flags that are refused or shown."""
 import argparse
 import ast
+import math
 import re
+import signal
 import sys
 
 import pytest
@@ -40,8 +42,9 @@ def run(flags, monkeypatch):
 
 # ------------------------------------------------------------------------------------- run folders
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
+@pytest.mark.parametrize("error, ending", [
+    (OSError(28, "No space left on device"), SystemExit), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error, ending):
     path = tmp_path / "new" / "ckpt.pt"
     runtime.save_file(path, lambda file: file.write(b"old"))
 
@@ -49,11 +52,11 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
         file.write(b"new")
         file.flush()
         raise error
-    with pytest.raises(type(error)):
+    with pytest.raises(ending) as ended:
         runtime.save_file(path, fail)
-    assert path.read_bytes() == b"old"
-    runtime.save_file(path, lambda file: file.write(b"newer"))  # what the fault left is in no way
-    assert path.read_bytes() == b"newer" and [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+    assert path.read_bytes() == b"old" and [p.name for p in path.parent.iterdir()] == ["ckpt.pt"]
+    assert ending is KeyboardInterrupt or all(
+        word in ended.value.code for word in (str(path), "No space", "MiB"))
 
 
 def test_a_run_forgets_what_it_logged_after_its_checkpoint(run):
@@ -77,8 +80,34 @@ def test_a_run_forgets_what_it_logged_after_its_checkpoint(run):
 def test_a_signal_to_any_process_stops_all(run, monkeypatch):
     one = run()
     assert not one.stopping()
-    monkeypatch.setattr(runtime, "sum_over_processes", lambda mine: mine + 15)
+    monkeypatch.setattr(runtime, "largest_over_processes", lambda mine: max(mine, 143))
     assert one.stopping()
+    with pytest.raises(SystemExit, match="143"):
+        one.leave()
+
+
+def test_what_comes_while_a_signal_is_served_is_the_same_request(monkeypatch):
+    """Only a Ctrl-C, seconds later, ends at once."""
+    now = [100.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+    request = runtime.Request()
+    for number, seconds in ((signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGTERM, 60)):
+        now[0] += seconds
+        request.come(number, None)
+        assert request.number == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        request.come(signal.SIGINT, None)
+
+
+def test_process_0_knows_the_lowest_loss(run, monkeypatch):
+    one = run()
+    assert one.lowest() == math.inf
+    one.lines = [{"step": n, "split": "val", "loss": loss} for n, loss in enumerate((3, None, 2.5))]
+    assert one.lowest() == 2.5
+    monkeypatch.setattr(runtime, "is_main", lambda: False)
+    monkeypatch.setattr(runtime, "largest_over_processes", lambda mine: max(mine, -1.5))
+    assert one.lowest() == 1.5
 
 
 def test_tensorboard_gets_the_same_values(run):
@@ -96,10 +125,10 @@ def test_progress_lines_show_rate_and_time_left(monkeypatch, capsys):
     for now[0], done in ((9, 1), (11, 11), (21, 16), (22, 20)):
         progress.show("samples", done, images=2, every_s=10)
     progress = runtime.Progress(10, done=2)
-    for now[0], done in ((24, 6), (25, 6)):
+    for now[0], done in ((24, 6), (25, 6), (26, 11)):  # two processes may count one too many
         progress.show("step", done)
     numbers = re.findall(r"[\d.:]+", capsys.readouterr().out)
-    assert numbers == ["2.0", "0:59:49", "1.0", "1:18:24", "2.0", "0:00:02"]
+    assert numbers == ["2.0", "0:59:49", "1.0", "1:18:24", "2.0", "0:00:02", "4.0", "0:00:00"]
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -122,6 +151,8 @@ def test_a_run_goes_on_with_its_flags(flags, run, capsys):
     assert all(word in rate for word in ("--lr", "0.5", "0.25"))
     with pytest.raises(SystemExit, match="--batch_size 4.* 8"):
         flags("--resume", "--batch_size", 8)
+    with pytest.raises(SystemExit, match="step 3.*--iters 2"):
+        flags("--resume", "--iters", 2)
     with pytest.raises(SystemExit):
         flags("--resume", "--iter", 20)  # no flag, and no short form of one
     args = flags("--resume", "--out", one.out.parent / "none", "--batch_size", 8)  # nothing there
@@ -207,9 +238,12 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped():
         assert take(*[(float("nan"), 1.0), (1.0, float("inf"))][n % 2])[1] == [0, 0, 0, 0]
     assert (steps.skipped, steps.in_a_row) == (19, 19)
     assert all(take(1.0, 1.0)[1]) and (steps.skipped, steps.in_a_row) == (19, 0)
-    with pytest.raises(SystemExit, match="ckpt.pt holds step 7"):
-        for _ in range(20):
-            take(1.0, float("nan"))
+    for saved, sentence in ((7, "ckpt.pt holds step 7: go on"), (0, "not there yet: start again")):
+        steps.run.saved = saved
+        with pytest.raises(SystemExit, match=sentence):
+            for _ in range(40):
+                take(1.0, float("nan"))
+        steps.in_a_row = 0
 
 
 def test_averages_are_over_steps_and_processes_without_nan(monkeypatch):
@@ -235,7 +269,8 @@ def test_setup_on_a_cpu(monkeypatch, capsys):
     for chosen, word in ((None, "eager"), (True, "compiled")):
         args = argparse.Namespace(device="auto", compile=chosen, dtype="bf16", batch_size=8,
                                   accum=2)
-        assert runtime.setup(args) == torch.device("cpu") and args.compile is bool(chosen)
+        assert runtime.setup(args) == (torch.device("cpu"), bool(chosen))
+        assert args.compile is chosen  # as it was asked for: a run may go on elsewhere
         words = capsys.readouterr().out.strip().split(", ")
         assert "no GPU" in words[0] and words[1:4] == ["bf16", word, "1 process"]
         assert "4 images" in words[4]
@@ -253,9 +288,9 @@ def test_where_nothing_can_be_compiled_runs_are_eager(lacking, monkeypatch, tmp_
     for part in ("is_available", "get_device_name", "set_device"):  # where it was not asked for
         monkeypatch.setattr(torch.cuda, part, lambda *_: "a GPU")
     args = argparse.Namespace(device="cuda", compile=None)
-    runtime.setup(args)
+    _, compiled = runtime.setup(args)
     one, two = capsys.readouterr().out.splitlines()
-    assert not args.compile and lacking in one and "a GPU" in two and "eager" in two
+    assert not compiled and lacking in one and "a GPU" in two and "eager" in two
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -155,7 +155,7 @@ def test_fused_adam_pairs_weights_and_gradients_in_channels_last():
 
 # -------------------------------------------------------------------------------------- whole runs
 
-def test_what_a_run_logs_and_saves(train, tmp_path, capsys):
+def test_what_a_run_logs_and_saves(train, tmp_path, capsys, monkeypatch):
     state = train()
     assert state.keys() == {"component", "args", "step", "torch", "config", "model", "opt", "disc",
                             "opt_disc"}
@@ -168,6 +168,11 @@ def test_what_a_run_logs_and_saves(train, tmp_path, capsys):
     assert [line["step"] for line in lines(tmp_path / "run", "val")] == [3, 6]
     assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {"0000003.png", "0000006.png"}
     assert "warning: only" in capsys.readouterr().out  # of the codes
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 1})  # with one image not all can be
+    train("--codebook_size", 640, "--vq_start", 2, "--iters", 3, out="many")
+    found = lines(tmp_path / "many", "val")[-1]
+    assert found["usage"] < 0.1 < found["code_deviation"]
+    assert "warning: only" not in capsys.readouterr().out
     state = train("--adv_weight", 0, out="none")
     assert "disc" not in state and "fake_logit" not in lines(tmp_path / "none", "train")[-1]
 
@@ -211,16 +216,17 @@ def test_the_variants_of_the_tables_train(train, tmp_path, words, part):
 
 
 def test_validation_numbers_are_those_of_a_loop(train, vgg, tmp_path, capsys):
-    """Over 119 images: one of 120 is unreadable, named and left out."""
+    """Over 118 images: two of 120 are unreadable, named and left out."""
     (tmp_path / "val").mkdir()
     for i in range(120):
         Shapes().load(i, 16)[0].save(tmp_path / f"val/{i:03}.png")
-    (tmp_path / "val/007.png").write_bytes(b"")
+    for i in (7, 8):
+        (tmp_path / f"val/00{i}.png").write_bytes(b"")
     train("--val", tmp_path / "val", "--iters", 3)
     assert "007.png" in capsys.readouterr().out
     model, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
     perceptual, rows, used = losses.PerceptualLoss(losses.load_vgg(vgg)), [], []
-    for i in (*range(7), *range(8, 120)):
+    for i in (*range(7), *range(9, 120)):
         image = np.asarray(Image.open(tmp_path / f"val/{i:03}.png"), np.float32)
         x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
         x_hat, indices, _ = model(x)
@@ -308,16 +314,22 @@ def test_data_may_move_but_not_change_unnoticed(train, script, many_photos, tmp_
     assert "CHANGED" in text and len({*re.findall(r"\d+ images for training \([^)]+\)", text)}) == 2
 
 
-def test_the_picture_of_a_validation_is_of_the_whole_set(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 100})
+@pytest.mark.parametrize("n", [1, 5, 21, 100])
+def test_the_picture_of_a_validation_is_of_the_whole_set(train, tmp_path, monkeypatch, n):
+    """Inputs, eight a row, their reconstructions below them; at most 32."""
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": n})
     train("--iters", 1)
     rows = np.asarray(Image.open(tmp_path / "run/samples/0000001.png"))  # enlarged
-    scale = rows.shape[1] // (8 * 18 + 2)
+    scale = rows.shape[1] // (min(n, 8) * 18 + 2)
     rows = rows[::scale, ::scale][2:, 2:]
-    for i in (0, 1, 8, 31):  # inputs, eight a row, their reconstructions below them
+    model, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
+    for i, index in enumerate(data.spread(n, 32)):
         y, x = i // 8 * 36, i % 8 * 18
-        image, _, _ = data.EvalImages(Shapes("val"), 16)[data.spread(100, 32)[i]]
+        image, _, _ = data.EvalImages(Shapes("val"), 16)[index]
         assert np.array_equal(rows[y:y + 16, x:x + 16], image.permute(1, 2, 0))
+        x_hat = data.to_uint8(model(data.to_float(image[None], torch.device("cpu")))[0])[0]
+        below = rows[y + 18:y + 34, x:x + 16].astype(int)
+        assert np.abs(below - x_hat.permute(1, 2, 0).numpy()).max() <= 1  # of a batch, of one
 
 
 def test_each_script_finds_what_the_last_one_made(script, vgg, many_photos, tmp_path, monkeypatch):
