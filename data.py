@@ -22,7 +22,9 @@ import multiprocessing.util
 import os
 import re
 import shutil
+import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,7 @@ Image.MAX_IMAGE_PIXELS = None  # PIL's own limit, a third of that
 PREFETCH = 4  # batches that each worker keeps ready
 MAX_BAD = 0.01  # a larger share of unreadable images ends a run
 HELD_OUT = 20  # one image in so many is held out for validation
+ORDER, ROWS = 1, 2  # random streams of an epoch: order of images, rows of a code cache
 
 
 # ----------------------------------------------------------------------------------- sources
@@ -59,8 +62,10 @@ def open_source(spec, split="train", hold_out=False):
         return Shapes(split, float(clutter))
     if kind == "torchvision":
         source = Torchvision(name, split)
+    elif kind == "lsun":
+        source = Lsun(name)
     else:
-        source = Lsun(name) if kind == "lsun" else Folder(spec)
+        source = Samples(spec) if spec.endswith(".npz") else Folder(spec)
     if not len(source):
         raise SystemExit(f"{spec} holds no images")
     return Part(source, split) if hold_out and not source.splits else source
@@ -136,7 +141,7 @@ class Folder(Dataset):
         self.root = Path(root)
         if not self.root.is_dir():
             raise SystemExit(f"{root}: no such folder; --data takes a folder of images, "
-                             f"torchvision:NAME, lsun:PATH or shapes")
+                             f"an .npz of samples, torchvision:NAME, lsun:PATH or shapes")
         names = sorted(files_below(self.root))
         images = [name for name in names if name.lower().endswith(EXTENSIONS)]
         others = {Path(name).suffix.lower() for name in {*names} - {*images}}
@@ -162,12 +167,57 @@ class Folder(Dataset):
         return os.fsdecode(self.files[i])
 
     def load(self, i, size=0, fast=False):
-        return decode(self.root / self.name(i), size * fast), int(self.labels[i])
+        return decode(self.root / self.name(i), size if fast else 0), int(self.labels[i])
 
     def signature(self):
         # names alone may be 00000.png, 00001.png
         sizes = [(self.root / self.name(i)).stat().st_size for i in spread(len(self), 1000)]
         return digest(self.files.tobytes(), self.labels.tobytes(), str(sizes))
+
+
+class Samples(Dataset):
+    """An npz of samples, ADM's: arr_0 uint8 (N, H, W, 3), labels in arr_1. An uncompressed one is
+    mapped, image by image: np.load would hold all of it in memory, 10 GB for 50,000 of 256 x 256.
+    """
+
+    splits = False
+
+    def __init__(self, path):
+        if not Path(path).exists():
+            raise SystemExit(f"{path}: no such file")
+        with np.load(path) as arrays, arrays.zip.open("arr_0.npy") as member:
+            np.lib.format.read_magic(member)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+            if dtype != np.uint8 or shape[3:] != (3,):
+                raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, but samples are uint8 "
+                                 f"(N, H, W, 3) in 0..255: scale, round and clip them first")
+            info = arrays.zip.getinfo("arr_0.npy")
+            if info.compress_type == zipfile.ZIP_STORED and not fortran:
+                with open(path, "rb") as file:
+                    file.seek(info.header_offset)
+                    begin = info.header_offset + file.read(500).index(b"\x93NUMPY")
+                self.array = partial(np.memmap, path, np.uint8, "r", begin + member.tell(), shape)
+            else:
+                self.array = partial(np.asarray, arrays["arr_0"])
+            self.labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(shape[0], int)
+            if self.labels.dtype.kind not in "iu":
+                raise SystemExit(f"{path}: the class labels, arr_1, are {self.labels.dtype}, but "
+                                 f"must be integers")
+            # numbers: an npz has no names
+            self.classes = [str(n) for n in range(self.labels.max() + 1) if "arr_1" in arrays]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        return f"sample {i}"
+
+    def load(self, i, size=0, fast=False):
+        return Image.fromarray(self.array()[i]), int(self.labels[i])  # mapped anew in each worker
+
+    def signature(self):
+        some = [self.array()[i].tobytes() for i in spread(len(self), 100)]
+        return digest(self.labels.tobytes(), *some)
 
 
 def files_below(root, folder="", seen=()):
@@ -253,7 +303,8 @@ class Lsun(Dataset):
 
     def load(self, i, size=0, fast=False):
         with self.read() as transaction:
-            return decode(io.BytesIO(transaction.get(bytes(self.keys[i]))), size * fast), 0
+            file = io.BytesIO(transaction.get(bytes(self.keys[i])))
+            return decode(file, size if fast else 0), 0
 
     def signature(self):
         return digest(self.keys.tobytes())
@@ -337,7 +388,7 @@ class TrainImages(Dataset):
     def __getitem__(self, n):
         epoch, j = divmod(n, len(self.source))
         if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch, 1])
+            rng = np.random.default_rng([self.seed, epoch, ORDER])
             self.epoch, self.order = epoch, rng.permutation(len(self.source))
         return self.view(int(self.order[j]), n)
 
@@ -357,7 +408,8 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Image i under the validation transform: (uint8 (3, S, S), label, ""), or black, 0, reason."""
+    """Image i under the validation transform (size 0: as it is): (uint8 (3, S, S), label, ""), or
+    black, 0, reason."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -371,17 +423,17 @@ class EvalImages(Dataset):
         except Exception as error:
             bad = f"{self.source.name(i)!r} ({type(error).__name__}: {error})"
             return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
-        return to_tensor(center(image, self.size)), label, ""
+        return to_tensor(center(image, self.size) if self.size else np.asarray(image)), label, ""
 
 
 def to_float(images, device):
-    """uint8 (B, 3, H, W) -> float in [-1, 1] on the device, channels last."""
+    """uint8 (B, 3, S, S) -> float in [-1, 1] on the device, channels last."""
     images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
     return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1], or a little outside -> uint8 of the same shape."""
+    """Float (B, 3, S, S) in [-1, 1], or a little outside -> uint8 of the same shape."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -408,14 +460,20 @@ def check_shared_memory(workers, batch_bytes):
 
 
 def train_loader(dataset, args, start, device):
-    """Micro-batches of this process, from step `start` to args.iters, args.accum of them a step.
-    Micro-batch a of process r holds the positions [(a * world + r) * b, ... + b) of the batch."""
-    b, world = runtime.micro_batch(args), runtime.world()
-    check_shared_memory(args.workers, b * 3 * dataset.size ** 2)
+    """Micro-batches of this process, from step `start` to args.iters, args.accum of them a step."""
+    check_shared_memory(args.workers, runtime.micro_batch(args) * 3 * dataset.size ** 2)
     runtime.barrier()  # all have looked before one takes some of it
-    firsts = (step * args.batch_size + (a * world + runtime.rank()) * b
-              for step in range(start, args.iters) for a in range(args.accum))
-    return loader(dataset, (range(n, n + b) for n in firsts), args.workers, device)
+    batches = (positions(args, step, a)
+               for step in range(start, args.iters) for a in range(args.accum))
+    return loader(dataset, batches, args.workers, device)
+
+
+def positions(args, step, a):
+    """Positions in the endless stream of images that micro-batch a of a step has in this process.
+    """
+    b = runtime.micro_batch(args)
+    first = step * args.batch_size + (a * runtime.world() + runtime.rank()) * b
+    return range(first, first + b)
 
 
 def eval_loader(dataset, batch_size, workers, device, count=None):
@@ -450,9 +508,9 @@ class Unreadable:
 
 
 def save_grid(path, images, columns):
-    """Save float images (N, 3, H, W) in [-1, 1] as one PNG, row by row, small ones enlarged."""
+    """Save uint8 images (N, 3, H, W) as one PNG, row by row, small ones enlarged."""
     scale = max(1, 96 // images.shape[-1])
-    sheet = make_grid(to_uint8(images).cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
+    sheet = make_grid(images.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
     sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
     runtime.save_file(path, lambda file: sheet.save(file, "PNG"))
 
@@ -490,7 +548,7 @@ def main():
         classes[name] += not reasons[0]
         progress.show(f"{done} of {len(chosen)}", done, every_s=10)
     shown = torch.stack([images[i][0] for i in spread(len(source), 40)])
-    save_grid(args.preview, to_float(shown, torch.device("cpu")), columns=8)
+    save_grid(args.preview, shown, columns=8)
     for name in source.classes[:20]:
         print(f"  {name}: {classes[name]}")
     print(f"  unreadable: {bad} of {len(chosen)}; preview in {args.preview}")

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.models.inception as tv
-from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Subset
 
 import data
 import losses
@@ -32,7 +31,7 @@ import vq
 # TensorFlow's Inception of 2015-12-05 as pytorch-fid converted it; the digits begin its sha256.
 WEIGHTS, SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-SPLITS, SHUFFLE_SEED = 10, 2020  # of the Inception Score; torch-fidelity's
+TENTHS, SHUFFLE_SEED = 10, 2020  # of the Inception Score: torch-fidelity's splits
 
 
 # ------------------------------------------------------------------------------------ formulas
@@ -126,84 +125,42 @@ class Classifier(nn.Module):
         super().__init__()
         self.net, self.weights = losses.load_vgg(path), losses.sha256(path)[:8]
         self.name, self.description = f"FD (features of {path})", f"features of {path}"
-        last = self.net.classifier
-        last.register_forward_pre_hook(lambda _, inputs: setattr(self, "features", inputs[0]))
-        self.feature_dim, self.num_classes = last.in_features, self.net.config["kinds"][0]
+        self.feature_dim = self.net.classifier.in_features
+        self.num_classes = self.net.config["kinds"][0]
 
     def forward(self, images):
-        logits = self.net(data.to_float(images, images.device), ("logit",))["logit"]
-        return self.features, logits[:, :self.num_classes]
+        found = self.net(data.to_float(images, images.device), ("relu5_3", "logit"))
+        return found["relu5_3"].mean((2, 3)), found["logit"][:, :self.num_classes]
 
 
 # -------------------------------------------------------------------------------- sets of images
 
-class Samples(Dataset):
-    """An npz of samples as a source (data.py). An uncompressed one is mapped, image by image:
-    np.load would hold all of it in memory, 10 GB for 50,000 of 256 x 256."""
-
-    def __init__(self, path):
-        with np.load(path) as arrays, arrays.zip.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype != np.uint8 or shape[3:] != (3,):
-                raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, but samples are uint8 "
-                                 f"(N, H, W, 3) in 0..255: scale, round and clip them first")
-            info = arrays.zip.getinfo("arr_0.npy")
-            if info.compress_type == zipfile.ZIP_STORED and not fortran:
-                with open(path, "rb") as file:
-                    file.seek(info.header_offset)
-                    begin = info.header_offset + file.read(500).index(b"\x93NUMPY")
-                self.array = partial(np.memmap, path, np.uint8, "r", begin + member.tell(), shape)
-            else:
-                self.array = partial(np.asarray, arrays["arr_0"])
-            self.labels = arrays["arr_1"] if "arr_1" in arrays else np.full(shape[0], -1)
-            if self.labels.dtype.kind not in "iu":
-                raise SystemExit(f"{path}: the class labels, arr_1, are {self.labels.dtype}, but "
-                                 f"must be integers")
-        self.classes = range(self.labels.max() + 1)  # numbers: an npz has no names
-
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        return f"sample {i}"
-
-    def load(self, i, size=0, fast=False):
-        return Image.fromarray(self.array()[i]), int(self.labels[i])  # mapped anew in each worker
-
-
-class Images(Dataset):
-    """What --real or --fake names. Item j: uint8 (3, H, W), label, j, "" or why it can't be read.
-    image_size 0: images as they are."""
+class Images(Subset):
+    """What --real or --fake names. An item is uint8 (3, H, W), label, "" or why it can't be taken.
+    image_size 0: images as they are, all of the first one's size; so are samples always."""
 
     def __init__(self, path, image_size, split, count):
-        if path.endswith(".npz"):
-            self.source, self.size = Samples(path), 0  # samples are never resampled
-        else:
-            self.source = data.open_source(path, split or "train", hold_out=bool(split))
-            self.size = image_size
-        self.index = data.spread(len(self.source), count)
+        self.source = data.open_source(path, split or "train", hold_out=bool(split))
+        size = 0 if path.endswith(".npz") else image_size
+        super().__init__(data.EvalImages(self.source, size), data.spread(len(self.source), count))
         self.path = f"{path} ({split})" if split else path
-        self.shape = None
-        first, _, _, reason = self[0]
+        first, _, reason = self.dataset[self.indices[0]]
         if reason:
             raise SystemExit(f"{self.path}: a metric skips no image, but {reason}")
         self.shape = first.shape
-        crop = ", shorter side resized to it and centre crop" if self.size else ""
+        crop = ", shorter side resized to it and centre crop" if size else ""
         side = f"{self.shape[2]} x {self.shape[1]}{crop}"
         self.description = f"{len(self)} images of {self.path} ({side})"
 
-    def __len__(self):
-        return len(self.index)
-
     def __getitem__(self, j):
-        try:
-            image, label = self.source.load(self.index[j], self.size)
-        except Exception as error:
-            reason = f"{self.source.name(self.index[j])} ({type(error).__name__}: {error})"
-            return torch.zeros(self.shape or (3, 1, 1), dtype=torch.uint8), 0, j, reason
-        image = data.center(image, self.size) if self.size else np.asarray(image)
-        return data.to_tensor(image), label, j, ""
+        image, label, reason = self.dataset[self.indices[j]]
+        if image.shape == self.shape:
+            return image, label, reason
+        name = self.source.name(self.indices[j])
+        sizes = f"{name} has {[*image.shape[1:]]} pixels, not {[*self.shape[1:]]}: --image_size"
+        return torch.zeros(self.shape, dtype=torch.uint8), 0, reason or sizes
+
+    __getitems__ = None  # Subset's goes round __getitem__
 
 
 @torch.inference_mode()
@@ -213,17 +170,17 @@ def measure(images, net, args, device, tokenizer=None):
     zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no doubles
     n, D = len(images), net.feature_dim
     x_sum, xx_sum, right = zeros(D), zeros(D, D), zeros(1)
-    p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)  # of p(y|x), of each split
+    p_sum, p_log_p_sum = zeros(TENTHS, net.num_classes), zeros(TENTHS)  # of p(y|x), of each tenth
     K = tokenizer.quantizer.codebook_size if tokenizer else 1
     histogram = torch.zeros(K, dtype=torch.int64, device=device)
-    # Unshuffled, a split of images in order of class has a tenth of them: IS 62 where 298 was
-    # right. Shuffled here, an image's split follows from its index, whichever process it meets.
+    # Unshuffled, a tenth of images in order of class has a tenth of these: IS 62 where 298 was
+    # right. Shuffled here, an image's tenth follows from its index, whichever process it meets.
     place = np.argsort(np.random.RandomState(SHUFFLE_SEED).permutation(n))
-    ends = np.arange(1, SPLITS) * n // SPLITS
-    split = torch.from_numpy(np.searchsorted(ends, place, side="right"))
+    ends = np.arange(1, TENTHS) * n // TENTHS
+    tenth = torch.from_numpy(np.searchsorted(ends, place, side="right"))
     batches = data.eval_loader(images, args.batch_size, args.workers, device)
     progress, done = runtime.Progress(n), 0
-    for batch, labels, index, reasons in batches:
+    for index, (batch, labels, reasons) in zip(batches.batch_sampler, batches):
         if any(reasons):
             reason = next(filter(None, reasons))
             raise SystemExit(f"{images.path}: a metric skips no image, but {reason}")
@@ -231,12 +188,11 @@ def measure(images, net, args, device, tokenizer=None):
         if tokenizer:
             z_q, codes, _ = tokenizer.encode(data.to_float(batch, device))
             histogram += codes.flatten().bincount(minlength=K)
-            x_hat = [tokenizer.decode(part) for part in z_q.split(64)]  # attention has a limit
-            batch = data.to_uint8(torch.cat(x_hat))
+            batch = data.to_uint8(tokenizer.decode(z_q))
         x, logits = (t.cpu().double() for t in net(batch))
         x_sum += x.sum(0)
         xx_sum += x.T @ x
-        log_p, s = logits.log_softmax(1), split[index]
+        log_p, s = logits.log_softmax(1), tenth[index]
         p_sum.index_add_(0, s, log_p.exp())
         p_log_p_sum.index_add_(0, s, (log_p.exp() * log_p).sum(1))
         right += (logits.argmax(1) == labels).sum()
@@ -249,18 +205,22 @@ def measure(images, net, args, device, tokenizer=None):
         raise SystemExit(f"{description}: one image has no covariance")
     if n <= D:
         warn(f"{description}, {D} features: compare only with sets of as many images")
-    mu, split_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
+    mu, tenth_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
     cov = (xx_sum - n * mu.outer(mu)) / (n - 1)
-    # Of each split: exp E_x KL(p(y|x) || p(y)).
-    scores = (p_log_p_sum / split_n + torch.special.entr(p_sum / split_n[:, None]).sum(1)).exp()
+    # Of each tenth: exp E_x KL(p(y|x) || p(y)).
+    scores = (p_log_p_sum / tenth_n + torch.special.entr(p_sum / tenth_n[:, None]).sum(1)).exp()
     return {"mu": mu, "sigma": cov, "n": n, "description": description,
             "IS": scores.mean().item(), "IS_std": scores.std(correction=0).item(),
             "accuracy": right.item() / n, "histogram": histogram.cpu()}
 
 
+def made_with(net):
+    return f"weights {net.weights}, --resize {net.resize}"
+
+
 def load_statistics(path, net):
     """As `measure`, from a file that has mu and sigma (n 0: not known)."""
-    made = f"weights {net.weights}, --resize {net.resize}"
+    made = made_with(net)
     with np.load(path) as arrays:
         found = {key: torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma")}
         n = int(arrays["n"]) if "n" in arrays else 0
@@ -362,7 +322,7 @@ def main(argv=None):
     result["measured"] = f"{compared}; {net.description}, weights {net.weights}"
     print(f"measured: {result['measured']}")
     if args.save:
-        made = f"weights {net.weights}, --resize {net.resize}"
+        made = made_with(net)
         found = {key: real[key] for key in ("mu", "sigma", "n")}
         runtime.save_file(args.save, lambda file: np.savez(file, made=made, **found))
     if args.json:

@@ -6,7 +6,7 @@ and a StyleGAN2 discriminator (Sec. 6.1: "the style-based discriminator [34]").
     disc = Discriminator(256)
     loss_d = discriminator_loss(disc(x), disc(x_hat.detach()))
 
-Images are float (B, 3, H, W) in [-1, 1].
+Images are float (B, 3, S, S) in [-1, 1].
 """
 import hashlib
 import math

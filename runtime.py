@@ -286,47 +286,42 @@ def add_training_flags(parser, **defaults):
     parser.set_defaults(data_found="", **defaults)  # what the data were: no flag, kept with them
 
 
-def first_look(parser, show_help=True):
-    """The flags as given, before a script sets the defaults that depend on them."""
-    words = [word for word in sys.argv[1:] if show_help or word not in ("-h", "--help")]
-    return parser.parse_known_args(words)[0]
+def read_flags(parser):
+    """What the command line gives, and every flag's default: two dicts {name: value}."""
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    return {name: value for name, value in found.items() if value is not unset}, defaults
 
 
-def resuming(args):
-    """The checkpoint in --out, if there is one and --resume is given."""
-    path = Path(args.out) / "ckpt.pt"
-    if path.exists() and not args.resume:
-        raise SystemExit(f"{args.out} already holds a run: --resume, or choose another --out")
-    return path if args.resume and path.exists() else None
-
-
-def inherit(parser, saved, names):
-    """Make flags of the checkpoint that a run starts from the defaults, as far as it knows them."""
-    given = first_look(parser)
-    parser.set_defaults(**{name: saved[name] for name in names if name in saved
-                           and not (name == "val" and given.data)})
-
-
-def parse(parser, component, fixed):
-    """The flags. With --resume those of the checkpoint in --out are the defaults, and `fixed` ones
-    can't be others."""
-    args, saved = first_look(parser), {}
-    if path := resuming(args):
-        state = read_checkpoint(path, component, mmap=True)
-        saved = {name: state["args"][name] for name in state["args"] if name in vars(args)}
-        parser.set_defaults(**saved | {"out": args.out, "resume": True})
-    args = parser.parse_args()
-    if saved and args.iters < state["step"]:
-        raise SystemExit(f"{path} is at step {state['step']}, beyond --iters {args.iters}")
-    for name in sorted(saved.keys() - {"out", "resume"}):
-        now = vars(args)[name]
-        if now != saved[name] and name in fixed:
-            raise SystemExit(f"{path} was made with --{name} {saved[name]}, and can't go on with "
-                             f"{now}: leave the flag out, or choose another --out")
-        if now != saved[name] and is_main():
+def resumed_flags(flags, given, component, fixed):
+    """The flags of the run in flags["out"] if there is one to go on with, else {}. Those that are
+    `given` anew are named, and refused if they are `fixed` while a run goes on."""
+    path = Path(flags["out"]) / "ckpt.pt"
+    if not path.exists():
+        return {}
+    if not flags["resume"]:
+        raise SystemExit(f"{path.parent} already holds a run: --resume, or choose another --out")
+    state = read_checkpoint(path, component, mmap=True)
+    saved = {name: value for name, value in state["args"].items() if name in flags}
+    if given.get("iters", saved["iters"]) < state["step"]:
+        raise SystemExit(f"{path} is at step {state['step']}, beyond --iters {given['iters']}")
+    for name in sorted(given.keys() & saved.keys() - {"out", "resume"}):
+        old, new = saved[name], given[name]
+        if new != old and name in fixed:
+            raise SystemExit(f"{path} was made with --{name} {old}, and can't go on with {new}: "
+                             f"leave the flag out, or choose another --out")
+        if new != old and is_main():
             note = ", and the learning rate's schedule is stretched" if name == "iters" else ""
-            print(f"--{name} was {saved[name]}, now {now}{note}", flush=True)
-    return args
+            print(f"--{name} was {old}, now {new}{note}", flush=True)
+    return saved | {"out": flags["out"], "resume": True}
+
+
+def inherited_flags(saved, names, given):
+    """Of the flags of the tokenizer that a run starts from those of `names`, as far as it knows
+    them. Its --val goes with its --data alone."""
+    return {name: saved[name] for name in names if name in saved
+            and not (name == "val" and "data" in given)}
 
 
 def micro_batch(args):
@@ -338,7 +333,7 @@ def micro_batch(args):
     return size
 
 
-# --------------------------------------------------------------------------- steps and numbers
+# ---------------------------------------------------------------------- optimizers and numbers
 
 def is_bf16(device, dtype):
     """`dtype` is the flag: auto means bf16 on a GPU."""
@@ -443,15 +438,14 @@ def create_array(path, shape, dtype):
 
 
 def read_checkpoint(path, component, mmap=False):
-    """A checkpoint of a script that trains. mmap: what is not looked at is not read."""
+    """A checkpoint of train_COMPONENT.py. mmap: what is not looked at is not read."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        found = state["component"]
+        if state["component"] != component:
+            raise ValueError(f"it holds a {state['component']}")
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} is no checkpoint of this project ({reason})") from error
-    if found != component:
-        raise SystemExit(f"{path} holds a {found}, not a {component}")
+        raise SystemExit(f"{path} is no checkpoint of train_{component}.py ({reason})") from error
     return state
 
 
@@ -574,14 +568,14 @@ class Run:
         raise SystemExit(self.reason or self.code)
 
 
-class Steps:
+class Optimizers:
     """Steps of all optimizers, skipped where a gradient is not finite; twenty in a row end the
     run."""
 
     def __init__(self, run, *optimizers):
         self.run, self.optimizers, self.skipped, self.in_a_row = run, optimizers, 0, 0
 
-    def take(self, lr):
+    def step(self, lr):
         """Average the gradients over processes, step at the rate `lr`, clear them. Returns the
         gradient norm of each optimizer."""
         norms = []

@@ -58,14 +58,14 @@ def parse():
 
 
 def load_pair(prior_path, tokenizer_path, device):
-    """Prior, tokenizer, and the prior's checkpoint; refused if they don't belong together."""
+    """Prior, tokenizer, their image size, and the prior's checkpoint; refused if they don't belong
+    together."""
     prior, state = load_prior(prior_path, device)
     tokenizer, saved = load_tokenizer(tokenizer_path, device)
-    tokenizer.image_size = saved["args"]["image_size"]
     if fingerprint(tokenizer) != state["tokenizer"]:
         raise SystemExit(f"{tokenizer_path} is not the tokenizer that {prior_path} was trained on "
                          f"(other encoder or codebook): give that one, or its phase 2")
-    return prior, tokenizer, state
+    return prior, tokenizer, saved["args"]["image_size"], state
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def draw(args, device, compiled):
     out = Path(args.out)
     if (out / "samples.npz").exists():
         raise SystemExit(f"{out} already holds samples: choose another --out")
-    prior, tokenizer, state = load_pair(args.prior, args.tokenizer, device)
+    prior, tokenizer, size, state = load_pair(args.prior, args.tokenizer, device)
     if args.labels and not prior.classes:
         raise SystemExit(f"--labels: {args.prior} was trained without classes")
     if args.labels and not 0 <= min(args.labels) <= max(args.labels) < prior.classes:
@@ -93,8 +93,7 @@ def draw(args, device, compiled):
         "temperature", "cfg", "steps", "choice_temperature")
     options = {name: getattr(args, name) for name in names}
 
-    size, b = tokenizer.image_size, min(args.batch_size, args.count)
-    path = out / "unfinished.npy"
+    b, path = min(args.batch_size, args.count), out / "unfinished.npy"
     if runtime.is_main():
         runtime.create_array(path, (args.count, size, size, 3), np.uint8)
     runtime.barrier()
@@ -111,16 +110,14 @@ def draw(args, device, compiled):
         with runtime.autocast(device, args.dtype):
             chosen = None if labels is None else labels[rows].to(device)
             codes = prior.generate(b, chosen, **options).unflatten(1, (state["grid"], -1))
-        # 64 at a time: more images are too many for the attention decoder's kernels on a GPU.
-        images = [data.to_uint8(tokenizer.decode_indices(part)) for part in codes.split(64)]
-        images = torch.cat(images).permute(0, 2, 3, 1)[:args.count - first]  # (b, H, W, 3)
-        samples[first:first + b] = images.cpu().numpy()
+        images = data.to_uint8(tokenizer.decode_indices(codes))[:args.count - first]
+        samples[first:first + b] = images.permute(0, 2, 3, 1).cpu().numpy()  # (b, S, S, 3)
         progress.show("sampling", n * runtime.world(), images=b, every_s=20)
     runtime.barrier()
     if not runtime.is_main():
         return
     grid = torch.from_numpy(samples[:64].copy()).permute(0, 3, 1, 2)
-    data.save_grid(out / "grid.png", grid / 127.5 - 1, 8)
+    data.save_grid(out / "grid.png", grid, 8)
     made = vars(args) | {"kind": prior.kind, "prior_step": state["step"],
                          "prior_sha256": sha256(args.prior), "data": state["args"]["data"],
                          "tokenizer_sha256": sha256(args.tokenizer), "torch": torch.__version__}
@@ -148,10 +145,9 @@ def teacher_forced(args, device):
     reconstruction and its prediction."""
     columns = []
     for pair in args.runs:
-        prior, tokenizer, state = load_pair(*pair.split(":"), device)
+        prior, tokenizer, size, state = load_pair(*pair.split(":"), device)
         if prior.kind != "ar":
             raise SystemExit(f"{pair}: the view needs the causal mask of an AR prior (Sec. 3.2)")
-        size = tokenizer.image_size
         x, labels, classes = read_images(args.teacher_forced, size, args.count, device)
         if args.labels:
             labels = torch.tensor(args.labels)[torch.arange(len(x)) % len(args.labels)]
@@ -167,7 +163,7 @@ def teacher_forced(args, device):
         columns += [x] * (not columns) + [reconstruction, prediction]
         print(f"teacher-forced top-1 accuracy {100 * right.mean():.1f} % {pair}")
     path = Path(args.out) / "teacher_forced.png"
-    data.save_grid(path, torch.stack(columns, 1).flatten(0, 1), len(columns))
+    data.save_grid(path, data.to_uint8(torch.stack(columns, 1).flatten(0, 1)), len(columns))
     print(f"columns of {path}: input, then reconstruction and top-1 prediction of each pair")
 
 

@@ -6,6 +6,7 @@
 First every image is encoded once (several crops and flips of each) into codes/ in the run folder,
 by all processes; then training reads only that.
 """
+import argparse
 import math
 import os
 from functools import lru_cache
@@ -42,15 +43,21 @@ def parse():
         help="crops and flips per image; default: 4, with --crop center 1")
     add("--codes", help="folder of the code cache, to share it; default: codes/ in --out")
     parser.set_defaults(fingerprint="")  # of the tokenizer: no flag, but kept with them
-    given = runtime.first_look(parser)
-    if not runtime.resuming(given):
-        saved = vq.load_tokenizer(given.tokenizer)[1]["args"]
-        runtime.inherit(parser, saved, ("data", "val", "crop", "image_size"))
-    args = runtime.parse(parser, "prior", FIXED)
-    if args.kind == "ar" and args.lr_end == 0:
-        raise SystemExit("--lr_end 0 with --kind ar: an exponential decay never ends at 0")
+    given, flags = runtime.read_flags(parser)
+
+    # The run that goes on, or the tokenizer that this one starts from
+    now = flags | given
+    saved = runtime.resumed_flags(now, given, "prior", FIXED)
+    if not saved:
+        state = runtime.read_checkpoint(now["tokenizer"], "tokenizer", mmap=True)
+        names = "data", "val", "crop", "image_size"
+        saved = runtime.inherited_flags(state["args"], names, given)
+    args = argparse.Namespace(**flags | saved | given)
+
     if args.views is None:
         args.views = 1 if args.crop == "center" else 4
+    if args.kind == "ar" and args.lr_end == 0:
+        raise SystemExit("--lr_end 0 with --kind ar: an exponential decay never ends at 0")
     return args
 
 
@@ -126,7 +133,7 @@ def encode_dataset(folder, source, model, crop, views, args, device):
 @lru_cache(1)
 def epoch_rows(seed, epoch, images, views):
     """Rows of the cache in the order of an epoch, one view of each image."""
-    rng = np.random.default_rng([seed, epoch, 2])
+    rng = np.random.default_rng([seed, epoch, data.ROWS])
     return rng.permutation(images) * views + rng.integers(views, size=images)
 
 
@@ -180,7 +187,7 @@ def validate(model, cache, args, device):
     """Loss in nats per token on at most 5,000 images (NAR: per masked token, always the same)."""
     chosen = data.spread(len(cache[0]), 5000)
     generator = torch.Generator().manual_seed(args.seed)
-    noise = torch.rand(len(chosen), model.tokens + 2, generator=generator)
+    noise = torch.rand(len(chosen), model.length + 2, generator=generator)
     total = torch.zeros(2, dtype=torch.float64)
     for first in range(runtime.rank() * 64, len(chosen), runtime.world() * 64):
         indices, labels = fetch(cache, chosen[first:first + 64], args, device)
@@ -196,7 +203,7 @@ def validate(model, cache, args, device):
 def main():
     args = parse()
     device, compiled = runtime.setup(args)
-    b, rank, world = runtime.micro_batch(args), runtime.rank(), runtime.world()
+    runtime.micro_batch(args)  # refuses what is not divisible
     run = runtime.Run(args, "prior", SHOWN)
     tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
     if args.image_size != saved["args"]["image_size"]:
@@ -235,7 +242,7 @@ def main():
               f"{math.log(K):.3f}, unigram entropy {H:.3f} nats a token", flush=True)
     if compiled:
         model.compile(dynamic=False)
-    steps, averages = runtime.Steps(run, opt), runtime.Averages()
+    optimizers, averages = runtime.Optimizers(run, opt), runtime.Averages()
 
     def checkpoint(step, path):
         run.save(step, path, config=model.config, model=model.state_dict(), opt=opt.state_dict(),
@@ -246,7 +253,7 @@ def main():
         with (runtime.evaluating(model, device, args.dtype),
               torch.compiler.set_stance("force_eager")):
             logits = model(tokens, labels)
-        if steps.sound(step, logits):
+        if optimizers.sound(step, logits):
             checkpoint(step, run.ckpt)
 
     def evaluate(step):
@@ -264,26 +271,27 @@ def main():
         # Noise of the global batch: each process takes its rows. Dropout is drawn per process.
         generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step))
         noise = torch.rand(args.batch_size, N + 2, generator=generator)
-        torch.manual_seed(runtime.seed_of(args.seed, step, rank))
+        torch.manual_seed(runtime.seed_of(args.seed, step, runtime.rank()))
         micro_batches = []
         for a in range(args.accum):
-            first = (a * world + rank) * b
-            positions = range(step * args.batch_size + first, step * args.batch_size + first + b)
+            mine = data.positions(args, step, a)
             chosen = [epoch_rows(args.seed, n // images, images, args.views)[n % images]
-                      for n in positions]
+                      for n in mine]
             indices, labels = fetch(cache, chosen, args, device)
-            u = noise[first:first + b].to(device, non_blocking=True)
+            first = mine.start - step * args.batch_size
+            u = noise[first:first + len(mine)].to(device, non_blocking=True)
             corrupted = model.corrupt(indices, labels, u, args.label_dropout)
             micro_batches.append((indices, *corrupted))
         averages.add(loss=prior_step(model, micro_batches, args))
         lr = learning_rate(step, args)
-        norm, = steps.take(lr)
+        norm, = optimizers.step(lr)
 
         done = step + 1
         if run.due(done, args.log_every):
-            run.log(done, "train", lr=lr, grad_norm=norm, skipped=steps.skipped, **averages.means())
+            run.log(done, "train", lr=lr, grad_norm=norm, skipped=optimizers.skipped,
+                    **averages.means())
         stop, due = run.stopping(), run.due(done, args.eval_every)
-        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+        if stop and not optimizers.in_a_row:  # else after the next step that is not skipped
             save(done)
             run.leave()
         if due:

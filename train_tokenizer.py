@@ -11,6 +11,8 @@ Phase 1 learns encoder, codebook and decoder with the semantic-enhanced perceptu
 semantic compression. Phase 2 fixes encoder and codebook, adds attention to the decoder and
 finetunes it with alpha 0: details preservation.
 """
+import argparse
+
 import torch
 import torch.nn.functional as F
 
@@ -23,12 +25,11 @@ import vq
 # FFHQ's phase 1 has 500k and 300k steps: we take the table, whose other numbers check out.
 PHASE_2 = dict(iters=200_000, batch_size=128, lr=5e-5, alpha=0.0, attention=1,
                init="runs/tokenizer/ckpt.pt", out="runs/phase2")
-# Flags that a run takes over from the checkpoint that it starts from (--init).
-INHERITED = ("data", "val", "crop", "image_size", "channels", "z_dim", "quantizer", "codebook_size",
-             "extra_blocks", "disc_channels", "vgg", "l1_weight", "perceptual_weight", "adv_weight",
-             "beta", "gamma", "r1")
-FIXED = ("phase", "seed", "batch_size", "image_size", "crop", "channels", "z_dim", "quantizer",
-         "codebook_size", "attention", "extra_blocks", "disc_channels")  # while a run goes on
+# The tokenizer's layout; what --init hands on; what can't change while a run goes on.
+LAYOUT = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "extra_blocks")
+INHERITED = (*LAYOUT, "beta", "gamma", "data", "val", "crop", "image_size", "disc_channels", "vgg",
+             "l1_weight", "perceptual_weight", "adv_weight", "r1")
+FIXED = (*LAYOUT, "phase", "seed", "batch_size", "image_size", "crop", "disc_channels")
 SHOWN = ("loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit", "skipped",
          "psnr", "usage", "perplexity", "code_deviation")
 
@@ -37,7 +38,8 @@ def parse():
     parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser, out="runs/tokenizer", iters=500_000, batch_size=256, lr=1e-4)
     add = parser.add_argument
-    add("--phase", type=int, choices=(1, 2), default=1, help="1: semantic compression, 2: details")
+    add("--phase", type=int, choices=(1, 2), default=1, help="1: semantic compression; "
+        f"2: details, with other defaults: {PHASE_2}")
     add("--init", help="tokenizer to start from; phase 2 needs one")
     add("--lr_end", type=float, help="end of the cosine decay; default: half of --lr, in phase 2 "
         "all of it")
@@ -68,21 +70,27 @@ def parse():
     add("--disc_channels", type=int, nargs=2, default=[128, 512], help="at full size, at most")
     add("--r1", type=float, default=10.0, help="weight of the R1 penalty")
     add("--recompute", action="store_true", help="less memory, more time: activations twice")
-    given = runtime.first_look(parser, show_help=False)
-    if given.phase == 2:
-        parser.set_defaults(**PHASE_2)
-    if given.quantizer != "vq":  # as in Table 5
-        parser.set_defaults(gamma=0.0)
-    if given.quantizer == "factorized":
-        parser.set_defaults(codebook_size=8192)
-    given = runtime.first_look(parser)
-    if given.init and not runtime.resuming(given):
-        state = vq.load_tokenizer(given.init)[1]
-        runtime.inherit(parser, state["args"], INHERITED)
-        parser.set_defaults(attention=max(given.attention, state["args"]["attention"]))
+    given, flags = runtime.read_flags(parser)
+
+    # Defaults that depend on other flags
+    if given.get("phase") == 2:
+        flags |= PHASE_2
+    if given.get("quantizer", "vq") != "vq":  # as in Table 5
+        flags["gamma"] = 0.0
+    if given.get("quantizer") == "factorized":
+        flags["codebook_size"] = 8192
+
+    # The checkpoint that the run goes on with, or starts from
+    now = flags | given
+    saved = runtime.resumed_flags(now, given, "tokenizer", FIXED)
+    if now["init"] and not saved:
+        state = runtime.read_checkpoint(now["init"], "tokenizer", mmap=True)
+        saved = runtime.inherited_flags(state["args"], INHERITED, given)
+        saved["attention"] = max(saved["attention"], flags["attention"])
         if "disc" in state:  # it goes on
-            parser.set_defaults(disc_ramp=0)
-    args = runtime.parse(parser, "tokenizer", FIXED)
+            saved["disc_ramp"] = 0
+    args = argparse.Namespace(**flags | saved | given)
+
     if not 0 <= args.alpha <= 1:
         raise SystemExit(f"--alpha {args.alpha} is not in [0, 1]")
     if args.image_size % 2 ** (len(args.channels) - 1):
@@ -194,7 +202,7 @@ def validate(model, perceptual, batches, full, device, args, unreadable):
     means = dict(zip(names, (runtime.sum_over_processes(total) / total[-1]).tolist()))
     usage, perplexity, H = vq.usage_and_perplexity(runtime.sum_over_processes(histogram))
     # From about 0.5 on, in 256 dimensions, the entropy term gives unused codes no gradient.
-    deviation = model.quantizer.codes().detach().std(0).mean()
+    deviation = model.quantizer.vectors().detach().std(0).mean()
     return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H,
                     "code_deviation": deviation}
 
@@ -208,30 +216,31 @@ def save_picture(path, model, val, device, args):
           torch.compiler.set_stance("force_eager")):
         x_hat = model.decode(encode(model, x, args)[0])
     columns = min(8, len(x))
-    x, x_hat = (F.pad(t, (0, 0) * 3 + (0, -len(t) % columns), value=1) for t in (x, x_hat))
+    x, x_hat = (F.pad(data.to_uint8(t), (0, 0) * 3 + (0, -len(t) % columns), value=255)
+                for t in (x, x_hat))
     rows = zip(x.split(columns), x_hat.split(columns))
     data.save_grid(path, torch.cat([row for pair in rows for row in pair]), columns)
 
 
 # ------------------------------------------------------------------------------------ training
 
-def build(args, device):
-    """Tokenizer and discriminator (None if it weighs nothing), from --init if it is given."""
+def build(args, device, init=""):
+    """Tokenizer and discriminator (None if it weighs nothing), with the weights of `init`."""
     torch.manual_seed(args.seed)
-    config = {name: getattr(args, name) for name in ("channels", "z_dim", "quantizer", "beta",
-              "codebook_size", "gamma", "attention", "extra_blocks")}
+    config = {name: getattr(args, name) for name in (*LAYOUT, "beta", "gamma")}
     model = vq.VQModel(**config)
     disc = losses.Discriminator(args.image_size, args.disc_channels) if args.adv_weight else None
-    if args.init and not runtime.resuming(args):
-        state = torch.load(args.init, map_location="cpu", weights_only=True)
-        # Strictly; but attention that the checkpoint lacks keeps its zero start.
-        fresh = {f"{name}.{key}": value for name, part in model.named_modules()
-                 if isinstance(part, vq.BlockAttention) for key, value in part.state_dict().items()}
-        model.load_state_dict(fresh | state["model"])
+    if init:
+        state = runtime.read_checkpoint(init, "tokenizer")
+        missing, unexpected = model.load_state_dict(state["model"], strict=False)
+        new = tuple(f"{name}." for name, part in model.named_modules()
+                    if isinstance(part, vq.BlockAttention))  # these may keep their zero start
+        if strange := [*unexpected, *(name for name in missing if not name.startswith(new))]:
+            raise SystemExit(f"{init} does not fit these flags: {strange[0]}")
         if disc and "disc" in state:  # a cold discriminator ruins images: phase 1's goes on
             disc.load_state_dict(state["disc"])
-    model.quantizer.mean = runtime.mean_over_processes
-    model.quantizer.gather = runtime.gather_rows
+    model.quantizer.mean_over_processes = runtime.mean_over_processes
+    model.quantizer.gather_rows = runtime.gather_rows
     model.encoder.recompute = model.decoder.recompute = args.recompute
     if args.phase == 2:  # fixed: a prior trained on phase 1's codes fits phase 2
         model.encoder.requires_grad_(False)
@@ -249,7 +258,8 @@ def main():
     source, val = data.open_data(args)
     vgg = runtime.main_first(lambda: losses.load_vgg(args.vgg))
     perceptual = losses.PerceptualLoss(vgg, args.alpha, args.perceptual_layers).to(device)
-    model, disc, config = build(args, device)
+    # A run that goes on has weights of its own.
+    model, disc, config = build(args, device, "" if run.ckpt.exists() else args.init)
 
     lr_end = args.lr_end
     if lr_end is None:
@@ -269,22 +279,21 @@ def main():
 
     stream = data.TrainImages(source, args.image_size, args.crop, args.seed)
     batches = iter(data.train_loader(stream, args, start, device))
-    full = min(64, b)  # more images are too many for the attention decoder's kernels
-    val_batches = data.eval_loader(data.EvalImages(val, args.image_size), full,
+    val_batches = data.eval_loader(data.EvalImages(val, args.image_size), b,
                                    min(args.workers, 2), device, 5000)
     unreadable, averages = data.Unreadable(source), runtime.Averages()
-    unreadable_val, steps = data.Unreadable(val), runtime.Steps(run, *opts)
+    unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, *opts)
 
     def save(step):
         with (runtime.evaluating(model, device, args.dtype),
               torch.compiler.set_stance("force_eager")):
             x_hat, *_ = model(xs[0])
-        if steps.sound(step, x_hat):
+        if optimizers.sound(step, x_hat):
             state = {name: part.state_dict() for name, part in parts.items()}
             run.save(step, run.ckpt, config=config, **state)
 
     def evaluate(step):
-        values = validate(model, perceptual, val_batches, full, device, args, unreadable_val)
+        values = validate(model, perceptual, val_batches, b, device, args, unreadable_val)
         if runtime.is_main():
             save_picture(run.out / "samples" / f"{step:07}.png", model, val, device, args)
         run.log(step, "val", **values)
@@ -299,7 +308,9 @@ def main():
         evaluate(start)
     for step in range(start, args.iters):
         lr = runtime.cosine(step, args.iters, args.lr, lr_end)
-        adv_weight = args.adv_weight * min(1, step / args.disc_ramp if args.disc_ramp else 1)
+        adv_weight = args.adv_weight
+        if step < args.disc_ramp:
+            adv_weight *= step / args.disc_ramp
         xs = []
         for _ in range(args.accum):
             images, _, reasons = next(batches)
@@ -313,15 +324,15 @@ def main():
         if disc:
             penalise = args.r1 and step % R1_EVERY == 0
             discriminator_step(disc, xs, x_hats, args, penalise, averages)
-        norms = steps.take(lr)
+        norms = optimizers.step(lr)
 
         done = step + 1
         if run.due(done, args.log_every):
             values = averages.means() | dict(zip(("grad_norm", "grad_norm_disc"), norms))
-            run.log(done, "train", lr=lr, adv_weight=adv_weight, skipped=steps.skipped,
+            run.log(done, "train", lr=lr, adv_weight=adv_weight, skipped=optimizers.skipped,
                     **values)
         stop, due = run.stopping(unreadable.too_many()), run.due(done, args.eval_every)
-        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+        if stop and not optimizers.in_a_row:  # else after the next step that is not skipped
             save(done)
             run.leave()
         if due:

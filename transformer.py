@@ -10,7 +10,7 @@ attention" (Sec. 6.1). B images, N codes an image, K codes in the codebook, widt
 
 The prefix c is the class's embedding, or one learned row without classes. A training step is
 
-    u = torch.rand(len(indices), model.tokens + 2)
+    u = torch.rand(len(indices), model.length + 2)
     tokens, labels, mask = model.corrupt(indices, labels, u)
     total, count = model.loss(model(tokens, labels), indices, mask)  # total / count: Eq. 3 a token
 
@@ -62,25 +62,25 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A prior over sequences of `tokens` = N codes.
+    """A prior over sequences of `length` = N codes.
 
     kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. classes: 0 is unconditional.
     null_class adds a row that stands for "no class", for guidance; off by default: the paper
     "exclude[s] the classifier-free guidance" (Sec. 6.1)."""
 
-    def __init__(self, kind, size="base", codebook_size=1024, tokens=256, classes=1000,
+    def __init__(self, kind, size="base", codebook_size=1024, length=256, classes=1000,
                  dropout=0.1, null_class=False):
         super().__init__()
         self.config = {"kind": kind, "size": size, "codebook_size": codebook_size,
-                       "tokens": tokens, "classes": classes, "dropout": dropout,
+                       "length": length, "classes": classes, "dropout": dropout,
                        "null_class": null_class}
-        self.kind, self.codebook_size, self.tokens = kind, codebook_size, tokens
+        self.kind, self.codebook_size, self.length = kind, codebook_size, length
         self.classes = classes
         self.mask_id = codebook_size  # NAR's mask token, and the null class, are rows of their own
         self.heads, d = SIZES[size]["heads"], SIZES[size]["width"]
         nar, blocks = kind == "nar", SIZES[size]["blocks"]
         self.code = nn.Embedding(codebook_size + nar, d)  # its first K rows: the head's weight, too
-        self.slot = nn.Embedding(tokens + nar, d)  # slot 0 is the prefix; AR never reads s_N
+        self.slot = nn.Embedding(length + nar, d)  # slot 0 is the prefix; AR never reads s_N
         self.prefix = nn.Embedding(max(classes, 1) + null_class, d)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d, self.heads, dropout, not nar) for _ in range(blocks))
@@ -151,18 +151,18 @@ class Transformer(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def new_cache(self, batch):
-        """Keys and values of every block, (blocks, 2, batch, heads, N, d / heads), for `step`."""
+        """Keys and values for `decode_slot`: (blocks, 2, batch, heads, N, d / heads)."""
         w, device = self.code.weight, self.code.weight.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
-        shape = len(self.blocks), 2, batch, self.heads, self.tokens, w.shape[1] // self.heads
+        shape = len(self.blocks), 2, batch, self.heads, self.length, w.shape[1] // self.heads
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
-    def step(self, x, slot, cache):
+    def decode_slot(self, x, slot, cache):
         """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills
         the cache. Shapes are fixed, and nothing is read back to the host."""
         x = x + self.slot(slot)
-        seen = (torch.arange(self.tokens, device=x.device) <= slot)[None]  # (1, N)
+        seen = (torch.arange(self.length, device=x.device) <= slot)[None]  # (1, N)
         for block, kv in zip(self.blocks, cache):
             x = block(x, kv, slot, seen)
         return self._head(x)[:, 0]
@@ -179,7 +179,7 @@ class Transformer(nn.Module):
         cfg: guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
         steps: NAR: T in [1, N]; 12 in Tables 3 and 4.
         choice_temperature: NAR, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, else 0.65."""
-        N, device, copies = self.tokens, self.code.weight.device, 2 if cfg else 1
+        N, device, copies = self.length, self.code.weight.device, 2 if cfg else 1
         if cfg:  # the second half of the batch sees the same codes and no class
             labels = torch.cat([labels, torch.full_like(labels, self.classes)])
 
@@ -196,7 +196,7 @@ class Transformer(nn.Module):
         s = torch.zeros(batch, N, dtype=torch.long, device=device)
 
         def next_code():  # all of its state is on the device, at fixed addresses
-            logits = guide(self.step(x, slot, cache))
+            logits = guide(self.decode_slot(x, slot, cache))
             code = sample(logits, temperature, top_k, top_p)  # (batch,)
             s.index_copy_(1, slot, code[:, None])
             x.copy_(self.code(code.repeat(copies))[:, None])
@@ -206,12 +206,12 @@ class Transformer(nn.Module):
         return s
 
 
-def repeat(step, n, device):
-    """Call step() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a
+def repeat(call, n, device):
+    """Run call() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a
     few hundred small kernels one by one takes longer than to run them."""
     if device.type != "cuda":
         for _ in range(n):
-            step()
+            call()
         return
     # The first calls are real ones: libraries set themselves up, and autocast makes its bf16 copies
     # of the weights, which live as long as the caller's `with autocast`. So must the graph.
@@ -219,11 +219,11 @@ def repeat(step, n, device):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm):
-            step()
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # recorded, not run
-        step()
+        call()
     for _ in range(n - warm):
         graph.replay()
 
@@ -234,7 +234,12 @@ def draw_mask(r, noise):
     Paper: "a random mask". MaskGIT masks the ratio cos(pi r / 2), at least one. We round its
     product with N up, so that "all masked", where sampling begins, is seen in training."""
     count = (noise.shape[1] * torch.cos(math.pi / 2 * r)).ceil().clamp(min=1)  # (B,)
-    return noise.argsort(dim=-1, stable=True).argsort(-1) < count[:, None]
+    return ranks(noise) < count[:, None]
+
+
+def ranks(values):
+    """The place of each value in its row, in rising order, from 0."""
+    return values.argsort(dim=-1, stable=True).argsort(-1)
 
 
 def gumbel(like):
@@ -281,8 +286,7 @@ def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0
         confidence = confidence.masked_fill(~unknown, torch.inf)
         length = (n * math.cos(math.pi / 2 * ratio)).floor()
         length = torch.minimum(length, unknown.sum(-1, keepdim=True) - 1).clamp(min=1)
-        lowest = confidence.argsort(dim=-1, stable=True).argsort(-1) < length
-        tokens = ids.masked_fill(lowest & unknown, mask_id)
+        tokens = ids.masked_fill((ranks(confidence) < length) & unknown, mask_id)
 
 
 def load_prior(path, device="cpu"):

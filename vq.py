@@ -6,7 +6,7 @@
 
     python vq.py        # every level, and the parameter counts beside the paper's
 
-Images are float (B, 3, H, W) in [-1, 1]; codes are int64 (B, h, w) with h = H / f.
+Images are float (B, 3, S, S) in [-1, 1]; codes are int64 (B, h, w) with h = w = S / f.
 """
 import hashlib
 import math
@@ -89,7 +89,7 @@ class Up(nn.Sequential):
 # --------------------------------------------------------------------------- encoder, decoder
 
 class Encoder(nn.Module):
-    """x (B, 3, H, W) -> z_hat (B, n_z, H/f, W/f), f = 2^(levels - 1).
+    """x (B, 3, S, S) -> z_hat (B, n_z, h, w), f = 2^(levels - 1).
 
     Paper: Table 7 and the parameter counts disagree. This layout gives the counts (`python vq.py`):
     two blocks a level, the first changes the channels; two more at the last level; average pooling;
@@ -161,27 +161,27 @@ class Quantizer(nn.Module):
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.01):
         super().__init__()
         self.codebook_size, self.beta, self.gamma = codebook_size, beta, gamma
-        # A script on several processes puts the mean over all of them here, with gradient.
-        self.mean = lambda usage: usage
+        # A script on several processes puts runtime's function of that name here.
+        self.mean_over_processes = lambda soft_usage: soft_usage
         # Paper: silent on the codebook's start. VQGAN's: no warm-up, no K-means.
         start = torch.empty(codebook_size, z_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(start)
 
-    def codes(self):
-        """Z: (K, dim) fp32."""
+    def vectors(self):
+        """Z: (K, dim) fp32, the vector of each code."""
         return self.codebook.float()
 
     def distances(self, z):
         """Squared L2 distances (N, K) of z (N, dim) to all codes, by a matrix product.
 
         |z|^2 - 2 z.c + |c|^2 loses digits where all vectors share a large mean: it is taken off."""
-        codes = self.codes()
-        mean = codes.detach().mean(0)
-        z, codes = z - mean, codes - mean
-        return z.square().sum(1, keepdim=True) - 2 * z @ codes.T + codes.square().sum(1)
+        vectors = self.vectors()
+        mean = vectors.detach().mean(0)
+        z, vectors = z - mean, vectors - mean
+        return z.square().sum(1, keepdim=True) - 2 * z @ vectors.T + vectors.square().sum(1)
 
     def embed(self, indices):
-        return F.embedding(indices, self.codes()).permute(0, 3, 1, 2)
+        return F.embedding(indices, self.vectors()).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
         """-> z_q with straight-through gradient, indices, and the terms codebook, commitment,
@@ -192,7 +192,7 @@ class Quantizer(nn.Module):
             z = z.reshape(-1, shape[-1])  # (N, n_z)
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
-            z_q = F.embedding(indices, self.codes())
+            z_q = F.embedding(indices, self.vectors())
             # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT.
             codebook = F.mse_loss(z_q, z.detach())
             commitment = F.mse_loss(z, z_q.detach())
@@ -200,9 +200,10 @@ class Quantizer(nn.Module):
             # plain one stays flat and fills nothing) and maximise H: minimising it would collapse
             # the usage that it should smooth. The mean runs over all positions of the global
             # batch: the 256 of one image can't use 1,024 codes.
-            usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
-            usage = self.mean(usage) if self.training else usage
-            H = -(usage * (usage + 1e-10).log()).sum()
+            soft_usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
+            if self.training:
+                soft_usage = self.mean_over_processes(soft_usage)
+            H = -(soft_usage * (soft_usage + 1e-10).log()).sum()
             vq = codebook + self.beta * commitment  # beta on the commitment term, as printed
             vq = vq + self.gamma * (math.log(self.codebook_size) - H)
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
@@ -230,23 +231,25 @@ class VQModel(nn.Module):
     def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, quantizer="vq",
                  codebook_size=1024, beta=0.25, gamma=0.01, attention=0, extra_blocks=0):
         super().__init__()
-        self.f = 2 ** (len(channels) - 1)
+        self.f, self.attention = 2 ** (len(channels) - 1), attention
         self.encoder = Encoder(channels, z_dim)
         self.quantizer = QUANTIZERS[quantizer](codebook_size, z_dim, beta, gamma)
         self.decoder = Decoder(channels, z_dim, attention, extra_blocks)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the terms."""
+        """x (B, 3, S, S) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the terms."""
         return self.quantizer(self.encoder(x))
 
     def decode(self, z_q):
-        """z_q (B, n_z, h, w) -> image (B, 3, H, W), about [-1, 1], not clamped."""
-        x_hat = self.decoder(z_q)
+        """z_q (B, n_z, h, w) -> image (B, 3, S, S), about [-1, 1], not clamped."""
+        # More than 64 images are too many for the attention's kernels on a GPU.
+        parts = z_q.split(64) if self.attention else [z_q]
+        x_hat = torch.cat([self.decoder(part) for part in parts])
         # bf16 autocast, compiled or not: what sees it sees one type and one layout
         return x_hat.float().contiguous(memory_format=torch.channels_last)
 
     def decode_indices(self, indices):
-        """indices (B, h, w) -> image (B, 3, H, W)."""
+        """indices (B, h, w) -> image (B, 3, S, S)."""
         return self.decode(self.quantizer.embed(indices))
 
     def forward(self, x):
@@ -290,7 +293,7 @@ class KMeans(Quantizer):
 
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0):
         super().__init__(codebook_size, z_dim, beta, gamma)
-        self.gather = lambda rows: rows  # a script puts the concatenation over processes here
+        self.gather_rows = lambda rows: rows  # a script puts runtime's function here
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
 
     def forward(self, z_hat):
@@ -298,7 +301,7 @@ class KMeans(Quantizer):
             now = int(self.passes)
             self.passes += 1
             if now % self.EVERY == 0 and now <= self.UNTIL:
-                z = self.gather(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
+                z = self.gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
                 if z.isfinite().all(1).any():
                     centres = kmeans(z[-self.ROWS:], self.codebook_size, seed=now)
                     self.codebook.data.copy_(centres)
@@ -337,12 +340,12 @@ class Factorized(Quantizer):
         self.down, self.up = down, up
         nn.init.normal_(self.codebook, std=dim ** -0.5)  # a uniform direction on the sphere
 
-    def codes(self):
+    def vectors(self):
         return F.normalize(self.codebook.float(), dim=1)
 
     def embed(self, indices):
         with torch.autocast(indices.device.type, enabled=False):
-            return self.up(F.embedding(indices, self.codes())).permute(0, 3, 1, 2)
+            return self.up(F.embedding(indices, self.vectors())).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
         with torch.autocast(z_hat.device.type, enabled=False):

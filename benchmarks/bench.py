@@ -138,7 +138,7 @@ class Tokenizer:
             torch.optim.Adam, fused=True)
         trained = self.model if phase == 1 else self.model.decoder
         opts = [adam(net.parameters(), betas=(0.9, 0.99)) for net in (trained, self.disc)]
-        self.steps = runtime.Steps(None, *opts)
+        self.optimizers = runtime.Optimizers(None, *opts)
         if args.compile and "compile" not in off:
             compile_parts(self.model.encoder, self.model.decoder, self.perceptual.net, self.disc)
         shape = args.batch_size, 3, self.flags.image_size, self.flags.image_size
@@ -154,7 +154,7 @@ class Tokenizer:
         penalise = penalise or "lazy" in self.off
         train_tokenizer.discriminator_step(
             self.disc, xs, x_hats, self.flags, penalise, self.averages)
-        self.steps.take(1e-4)
+        self.optimizers.step(1e-4)
         if "frozen" in self.off:
             self.perceptual.zero_grad()
 
@@ -202,17 +202,17 @@ def priors(args, device, table, sample):
         for kind in ("ar", "nar"):
             model = transformer.Transformer(kind, name, K, N, flags.classes).to(device)
             opt = torch.optim.AdamW(model.param_groups(), fused=True)
-            steps, labels = runtime.Steps(None, opt), torch.arange(b, device=device)
+            optimizers, labels = runtime.Optimizers(None, opt), torch.arange(b, device=device)
             cache = rng.integers(K, size=(b, N)), rng.integers(flags.classes, size=b)
             if args.compile and not sample:
                 compile_parts(model)
 
-            def train(model=model, cache=cache, steps=steps):
+            def train(model=model, cache=cache, optimizers=optimizers):
                 indices, labels = train_prior.fetch(cache, np.arange(b), flags, device)
                 u = torch.rand(b, N + 2, device=device)
                 corrupted = model.corrupt(indices, labels, u)
                 train_prior.prior_step(model, [(indices, *corrupted)], flags)
-                steps.take(1e-4)
+                optimizers.step(1e-4)
 
             def draw(model=model, labels=labels):
                 with runtime.autocast(device, "auto"):

@@ -27,7 +27,7 @@ def enlarge(maps, side):
 def code_map(tokenizer, s, side):
     """Codes s (n, h, w) as images: a code's colour is its place on the codebook's first three
     principal axes."""
-    codes = tokenizer.quantizer.codes().detach()
+    codes = tokenizer.quantizer.vectors().detach()
     torch.manual_seed(0)
     axes = torch.pca_lowrank(codes, 3, niter=10)[2]
     colours = (codes - codes.mean(0)) @ axes  # (K, 3)
@@ -62,7 +62,7 @@ def attention(path, cell=20):
 @torch.no_grad()
 def drawing(prior, tokenizer, labels, seed, **options):
     """Samples as they are drawn, in about ten frames; grey is not drawn yet."""
-    known, N = [], prior.tokens
+    known, N = [], prior.length
     # What a NAR prior's forward pass is given at each step; codes that are known stay.
     hook = prior.register_forward_pre_hook(
         lambda _, inputs: known.append(inputs[0] != prior.mask_id))

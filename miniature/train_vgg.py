@@ -7,6 +7,7 @@ Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It le
 (--attack) attacked, as reconstructions are: two networks of other seeds then agree on them. One
 process: it is small.
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def parse():
                              "by up to this much (of [-1, 1]) against the network: else a decoder "
                              "learns patterns that please this network alone; 0: once, for "
                              "classes of few pictures")
-    return runtime.parse(parser, "vgg", FIXED)
+    given, flags = runtime.read_flags(parser)
+    saved = runtime.resumed_flags(flags | given, given, "vgg", FIXED)
+    return argparse.Namespace(**flags | saved | given)
 
 
 def perturb(x, generator):
@@ -123,12 +126,12 @@ def main():
     val_batches = data.eval_loader(data.EvalImages(val, args.image_size), 200,
                                    min(args.workers, 2), device, 5000)
     unreadable, averages = data.Unreadable(source), runtime.Averages()
-    unreadable_val, steps = data.Unreadable(val), runtime.Steps(run, opt)
+    unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, opt)
 
     def save(step):
         with runtime.evaluating(net, device, args.dtype):
             logits = net(batch[0][0], ("logit",))["logit"]
-        if steps.sound(step, logits):
+        if optimizers.sound(step, logits):
             measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
             run.save(step, run.ckpt, model=net.state_dict(), opt=opt.state_dict(),
                      config=net.config, classes=list(source.classes))
@@ -156,13 +159,13 @@ def main():
                 loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
                 (loss / args.accum).backward()
                 averages.add(loss=loss, accuracy=right.mean())
-            steps.take(runtime.cosine(step, args.iters, args.lr, 0))
+            optimizers.step(runtime.cosine(step, args.iters, args.lr, 0))
 
         done = step + 1
         if run.due(done, args.log_every):
-            run.log(done, "train", skipped=steps.skipped, **averages.means())
+            run.log(done, "train", skipped=optimizers.skipped, **averages.means())
         stop, due = run.stopping(unreadable.too_many()), run.due(done, args.eval_every)
-        if stop and not steps.in_a_row:  # else after the next step that is not skipped
+        if stop and not optimizers.in_a_row:  # else after the next step that is not skipped
             save(done)
             run.leave()
         if due:

@@ -161,7 +161,7 @@ def save_prior(path, tokenizer, **options):
     """A prior's checkpoint, untrained, for the codes of that tokenizer."""
     torch.manual_seed(0)
     classes = list(Shapes.classes)
-    prior = Transformer(**dict(kind="ar", size="tiny", codebook_size=16, tokens=64,
+    prior = Transformer(**dict(kind="ar", size="tiny", codebook_size=16, length=64,
                                classes=len(classes)) | options)
     args = {"data": "shapes", "val": None, "image_size": 16}
     torch.save({"component": "prior", "args": args, "step": 3, "config": prior.config,

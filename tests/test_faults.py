@@ -46,14 +46,14 @@ def work(words, step, signals, nohup):
     """In a process of its own: run a script, and send it these signals when it takes `step`."""
     Shapes.SIZES = {"train": 60, "val": 12}
     signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-    steps, take = itertools.count(1), runtime.Steps.take
+    steps, take = itertools.count(1), runtime.Optimizers.step
 
     def take_and_kill(self, *args):
         norms = take(self, *args)
         for number in signals if next(steps) == step else ():
             os.kill(os.getpid(), number)
         return norms
-    runtime.Steps.take = take_and_kill
+    runtime.Optimizers.step = take_and_kill
     sys.argv = words
     runtime.launch(importlib.import_module(words[0]).main)
 
@@ -188,11 +188,11 @@ runtime.launch({script}.main)
 """
 FAULTS = {
     "main": """
-def take(self, lr, real=runtime.Steps.take):
+def take(self, lr, real=runtime.Optimizers.step):
     if runtime.rank() == runtime.world() - 1:
         raise ArithmeticError("mine")
     return real(self, lr)
-runtime.Steps.take = take""",
+runtime.Optimizers.step = take""",
     "worker": """
 def to_tensor(array):
     raise ArithmeticError("mine")
@@ -326,7 +326,7 @@ def test_all_scripts_without_doubles_on_the_device_and_with_workers_by_forkserve
 @pytest.mark.parametrize("kind", ["phase 1", "train_prior"])
 def test_bad_steps_are_skipped_and_twenty_in_a_row_end_the_run(kind, words, script, monkeypatch,
                                                               tmp_path):
-    steps, saved, take, save = itertools.count(1), [], runtime.Steps.take, runtime.Run.save
+    steps, saved, take, save = itertools.count(1), [], runtime.Optimizers.step, runtime.Run.save
 
     def poison(self, *args):
         if next(steps) in (3, 4, *range(7, 99)):
@@ -336,7 +336,7 @@ def test_bad_steps_are_skipped_and_twenty_in_a_row_end_the_run(kind, words, scri
     def spy(self, step, path, **state):
         saved.extend([step] * (path == self.ckpt))
         save(self, step, path, **state)
-    monkeypatch.setattr(runtime.Steps, "take", poison)
+    monkeypatch.setattr(runtime.Optimizers, "take", poison)
     monkeypatch.setattr(runtime.Run, "save", spy)
     with pytest.raises(SystemExit, match="20 steps in a row.*ckpt.pt holds step 6.*--resume"):
         script(*words[kind], "--eval_every", 1, "--iters", 30, "--out", tmp_path / "run")

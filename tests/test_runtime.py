@@ -25,7 +25,9 @@ def flags(monkeypatch, tmp_path):
         for flag in more:
             parser.add_argument(flag, default=1)
         monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-        return runtime.parse(parser, "vgg", fixed=("batch_size",))
+        given, found = runtime.read_flags(parser)
+        saved = runtime.resumed_flags(found | given, given, "vgg", fixed=("batch_size",))
+        return argparse.Namespace(**found | saved | given)
     return call
 
 
@@ -174,12 +176,13 @@ def parser_of(script, monkeypatch):
 
 
 def names_read(path):
-    """What a file reads of args, and the words in its functions (some are getattr's)."""
+    """What a file reads of args, and the words in its functions and LAYOUT (getattr's)."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             if ast.unparse(node.value).split(".")[-1] in ("args", "given"):
                 yield node.attr
-        if isinstance(node, ast.FunctionDef):
+        layout = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYOUT"
+        if isinstance(node, ast.FunctionDef) or layout:
             yield from (n.value for n in ast.walk(node) if isinstance(n, ast.Constant))
 
 
@@ -190,7 +193,7 @@ def test_every_flag_is_read_and_explained(name, parser_of, monkeypatch):
             for word in names_read(path)}
     monkeypatch.setenv("COLUMNS", "1000")
     text, actions = parser.format_help(), parser._actions[1:]  # the first is --help
-    assert not parser.allow_abbrev and len(actions) <= 40
+    assert not parser.allow_abbrev
     for action in actions:
         assert action.help and action.dest in read, f"--{action.dest}"
         if action.default not in (None, ""):
@@ -199,7 +202,7 @@ def test_every_flag_is_read_and_explained(name, parser_of, monkeypatch):
 
 @pytest.mark.parametrize("name, words, shown", [
     *((name, [], "--help") for name in SCRIPTS),
-    ("train_tokenizer", ["--phase", 2], "(default: 5e-05)")])  # of phase 2's --lr
+    ("train_tokenizer", ["--phase", 2], "'lr': 5e-05")])
 def test_help_is_shown_whatever_is_there(name, words, shown, script, parser_of, monkeypatch,
                                          tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
@@ -216,17 +219,17 @@ def test_help_is_shown_whatever_is_there(name, words, shown, script, parser_of, 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped():
     nets = [torch.nn.Linear(3, 1, bias=False) for _ in range(2)]
-    optimizers = [torch.optim.Adam(net.parameters(), 9.0, fused=True) for net in nets]
-    steps = runtime.Steps(argparse.Namespace(ckpt="ckpt.pt", saved=7), *optimizers)
+    adams = [torch.optim.Adam(net.parameters(), 9.0, fused=True) for net in nets]
+    optimizers = runtime.Optimizers(argparse.Namespace(ckpt="ckpt.pt", saved=7), *adams)
 
     def take(*gradients, lr=0.1):
         """The norms, and how far each network's weights and Adam's averages moved."""
         def state():
-            return [t.mean().item() for net, o in zip(nets, optimizers)
+            return [t.mean().item() for net, o in zip(nets, adams)
                     for t in (net.weight, o.state[net.weight].get("exp_avg", net.weight))]
         for net, gradient in zip(nets, gradients):
             net.weight.grad = torch.full((1, 3), gradient)
-        before, norms = state(), steps.take(lr)
+        before, norms = state(), optimizers.step(lr)
         assert all(net.weight.grad is None for net in nets)
         return norms, [b - a for a, b in zip(before, state())]
 
@@ -236,14 +239,14 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped():
         assert moved[::2] == pytest.approx([-lr, lr], rel=1e-4)
     for n in range(19):  # of either network: both are left as they were
         assert take(*[(float("nan"), 1.0), (1.0, float("inf"))][n % 2])[1] == [0, 0, 0, 0]
-    assert (steps.skipped, steps.in_a_row) == (19, 19)
-    assert all(take(1.0, 1.0)[1]) and (steps.skipped, steps.in_a_row) == (19, 0)
+    assert (optimizers.skipped, optimizers.in_a_row) == (19, 19)
+    assert all(take(1.0, 1.0)[1]) and (optimizers.skipped, optimizers.in_a_row) == (19, 0)
     for saved, sentence in ((7, "ckpt.pt holds step 7: go on"), (0, "not there yet: start again")):
-        steps.run.saved = saved
+        optimizers.run.saved = saved
         with pytest.raises(SystemExit, match=sentence):
             for _ in range(40):
                 take(1.0, float("nan"))
-        steps.in_a_row = 0
+        optimizers.in_a_row = 0
 
 
 def test_averages_are_over_steps_and_processes_without_nan(monkeypatch):

@@ -32,7 +32,7 @@ def build(kind, K=13, N=9, classes=5, size="test", **options):
 def codes(model, batch):
     g = torch.Generator().manual_seed(1)
     labels = torch.randint(model.classes, (batch,), generator=g) if model.classes else None
-    return torch.randint(model.codebook_size, (batch, model.tokens), generator=g), labels
+    return torch.randint(model.codebook_size, (batch, model.length), generator=g), labels
 
 
 def moves(model, s, labels, j):
@@ -109,7 +109,7 @@ def test_cache_equals_the_full_forward(mode, classes):
         full = model(s, labels)
         cache, x, rows = model.new_cache(3), model._prefix(labels, 3), []
         for i in range(16):
-            rows.append(model.step(x, torch.tensor([i]), cache))
+            rows.append(model.decode_slot(x, torch.tensor([i]), cache))
             x = model.code(s[:, i])[:, None]
     assert full.dtype == rows[0].dtype == torch.float32
     if mode == "autocast":  # and the logits are computed in fp32
@@ -123,7 +123,7 @@ def test_cache_equals_the_full_forward(mode, classes):
 def test_step_is_one_graph_for_all_slots_and_reads_nothing_back():
     model, seen = build("ar"), []
     torch._dynamo.reset()
-    step = torch.compile(model.step, fullgraph=True, dynamic=False,
+    step = torch.compile(model.decode_slot, fullgraph=True, dynamic=False,
                          backend=lambda graph, inputs: seen.append(graph.code) or graph.forward)
     cache, slots, x = model.new_cache(2), torch.arange(9), torch.randn(2, 1, 32)
     with torch.no_grad():

@@ -276,7 +276,7 @@ def test_the_soft_usage_passes_through_mean_in_training(name):
     def mean(usage):  # two processes, the other one with uniform usage
         calls.append(usage)
         return (usage + 1 / 32) / 2
-    q.mean = mean
+    q.mean_over_processes = mean
     H = q(z)[2]["H"]
     usage, = calls
     for value, u in ((one, usage), (H, (usage + 1 / 32) / 2)):
@@ -287,14 +287,14 @@ def test_the_soft_usage_passes_through_mean_in_training(name):
 
 def test_factorized_codes_and_features_lie_on_the_sphere():
     q, z = spread_codes("factorized", K=64, z_dim=16)
-    assert q.codes().shape == (64, 32)
-    assert torch.allclose(q.codes().norm(dim=1), torch.ones(64), atol=1e-6)
+    assert q.vectors().shape == (64, 32)
+    assert torch.allclose(q.vectors().norm(dim=1), torch.ones(64), atol=1e-6)
     rows = F.normalize(q.down(z.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
     z_q, indices, terms = q(z)
-    assert torch.equal(indices.flatten(), (rows @ q.codes().T).argmax(1))  # nearest: most alike
-    mse = F.mse_loss(rows, q.codes()[indices.flatten()]).item()
+    assert torch.equal(indices.flatten(), (rows @ q.vectors().T).argmax(1))  # nearest: most alike
+    mse = F.mse_loss(rows, q.vectors()[indices.flatten()]).item()
     assert terms["codebook"].item() == pytest.approx(mse, rel=1e-5) == terms["commitment"].item()
-    assert torch.allclose(z_q, q.up(q.codes()[indices]).permute(0, 3, 1, 2), atol=1e-5)
+    assert torch.allclose(z_q, q.up(q.vectors()[indices]).permute(0, 3, 1, 2), atol=1e-5)
 
 
 def test_kmeans_finds_clusters():
@@ -314,7 +314,7 @@ def test_kmeans_replaces_the_codes_by_centres_of_the_newest_rows_of_all_processe
     for name, value in {"EVERY": 4, "UNTIL": 8, "ROWS": 40}.items():
         monkeypatch.setattr(KMeans, name, value)
     q, changed = spread_codes("kmeans", K=8, z_dim=4)[0], []
-    q.gather = lambda rows: torch.cat([rows, rows + 9])  # two processes
+    q.gather_rows = lambda rows: torch.cat([rows, rows + 9])  # two processes
     for step in range(16):
         before, z = q.codebook.clone(), torch.randn(2, 4, 4, 4) + 5
         q(z)
