@@ -4,25 +4,27 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_STEPS=1500 DEMO_PRIORS=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md's table
+#     DEMO_CLUTTER=0 bash miniature/demo.sh                # plain pictures, with little to leave out; 1 is the default
+#     DEMO_STEPS=2000 DEMO_PRIORS=8000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
 # Stop it when you like: the same command goes on. Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a
 # million parameters. Each alpha has a core of its own: two processes of one thread are faster than one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1}
+out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
 steps=${DEMO_STEPS:-800}       # of the common start; the other stages follow it
-priors=${DEMO_PRIORS:-$((steps * 16 / 3))}
+priors=${DEMO_PRIORS:-$((steps * 4))}
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
-[ -e "$out/about.json" ] || python - "$seed" "$steps" "$priors" "$alphas" > "$out/about.json" <<'END'
+[ -e "$out/about.json" ] || python - "$seed" "$clutter" "$steps" "$priors" "$samples" "$alphas" > "$out/about.json" <<'END'
 import json, os, platform, subprocess, sys, torch
 commit = subprocess.getoutput("git describe --always --dirty")
 processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
-command = "DEMO_SEED={} DEMO_STEPS={} DEMO_PRIORS={} DEMO_ALPHAS='{}' bash miniature/demo.sh".format(*sys.argv[1:])
+command = ("DEMO_SEED={} DEMO_CLUTTER={} DEMO_STEPS={} DEMO_PRIORS={} DEMO_SAMPLES={} DEMO_ALPHAS='{}' "
+           "bash miniature/demo.sh").format(*sys.argv[1:])
 print(json.dumps({"command": command, "commit": commit, "processor": processor or platform.processor(), "cores": os.cpu_count(),
                   "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}))
 END
@@ -41,16 +43,17 @@ log() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
 # --- what all training shares; networks this small gain nothing from torch.compile
-common="--data shapes --image_size 32 --workers 0 --no-compile --resume --log_every 100"
+data=shapes:clutter=$clutter
+common="--data $data --image_size 32 --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --vgg $out/vgg/ckpt.pt --batch_size 16 --eval_every 250 --seed $seed"
 # The paper's perceptual loss, of raw VGG16, leads L1, and so it should here. A small network's layers are divided by their
-# variance: its two of alpha 1 do so where L1 weighs a tenth (and the adversarial term less), all five of phase 2 as it is.
-# Phase 1 has a ramp of 20,000 steps, which keeps the adversarial term below 0.001: the table was made so.
-weights="--l1_weight 0.1 --adv_weight 0.02"
+# variance: its two of alpha 1 do so where L1 weighs a half. Without a discriminator: one that learns from a few thousand small
+# batches draws stripes and strange colours (docs/LOG.md).
+weights="--l1_weight 0.5 --adv_weight 0"
 prior="$common --size tiny --views 1 --batch_size 16 --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 400"
 
 # The network of the loss, and an independent one to evaluate with. Both learn the parts of the monsters.
-classifier() { run python miniature/train_vgg.py $common --iters "$steps" --eval_every 250 --seed "$1" --out "$out/$2"; }
+classifier() { run python miniature/train_vgg.py $common --iters $((steps * 3 / 4)) --eval_every 250 --seed "$1" --out "$out/$2"; }
 
 # FD of samples to five times as many training pictures, in the independent network's features.
 evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" --features "$out/classifier/ckpt.pt" \
@@ -60,13 +63,13 @@ job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind name options
   trap stop INT TERM  # a subshell forgets its traps
   log "phase 1: from the common start, Eq. 4 with alpha $alpha"
-  run python train_tokenizer.py $tokenizer $weights --init "$out/start/ckpt.pt" --alpha "$alpha" --iters $((steps * 2 / 3)) \
-    --lr 1e-3 --lr_end 1e-4 --disc_ramp 20000 --out "$folder/phase1"
+  run python train_tokenizer.py $tokenizer $weights --init "$out/start/ckpt.pt" --alpha "$alpha" --iters $((steps * 3 / 4)) \
+    --lr 1e-3 --lr_end 1e-4 --out "$folder/phase1"
   log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0"
-  run python train_tokenizer.py $tokenizer --phase 2 --init "$folder/phase1/ckpt.pt" --iters $((steps / 3)) --lr 1e-3 \
-    --lr_end 1e-4 --l1_weight 1 --adv_weight 0.1 --out "$folder/phase2"
+  run python train_tokenizer.py $tokenizer --phase 2 --init "$folder/phase1/ckpt.pt" --iters $((steps / 2)) --lr 1e-3 \
+    --lr_end 1e-4 --l1_weight 1 --out "$folder/phase2"
   for phase in 1 2; do
-    finished "$folder/phase$phase.json" || run python fid.py --real shapes --split val --count "$samples" --workers 0 \
+    finished "$folder/phase$phase.json" || run python fid.py --real "$data" --split val --count "$samples" --workers 0 \
       --tokenizer "$folder/phase$phase/ckpt.pt" --features "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
   for name in ar ar_second nar; do  # one prior decides nothing: a second one of another seed
@@ -89,11 +92,11 @@ log "two small classifiers: the network of the loss, and another to evaluate wit
 (trap stop INT TERM; classifier 1 vgg) > "$out/vgg.log" 2>&1 & other=$!
 classifier 2 classifier
 wait "$other" || { cat "$out/vgg.log"; exit 1; }
-finished "$out/train.npz" || run python fid.py --real shapes --split train --count $((5 * samples)) --image_size 32 \
+finished "$out/train.npz" || run python fid.py --real "$data" --split train --count $((5 * samples)) --image_size 32 \
   --workers 0 --features "$out/classifier/ckpt.pt" --save "$out/train.npz"
 log "the common start: a tokenizer at alpha 0"
-run python train_tokenizer.py $tokenizer $weights --alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 \
-  --iters "$steps" --lr 1.5e-3 --lr_end 1e-3 --vq_start $((steps / 10)) --disc_ramp $((steps / 2)) --out "$out/start"
+run python train_tokenizer.py $tokenizer $weights --alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 \
+  --iters "$steps" --lr 1.5e-3 --lr_end 1e-3 --vq_start $((steps / 10)) --out "$out/start"
 
 for alpha in $alphas; do
   while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do sleep 1; done

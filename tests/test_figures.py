@@ -6,6 +6,8 @@ import subprocess
 import time
 
 import figures
+import pytest
+import torch
 import tour
 from conftest import ROOT, environment, load
 from PIL import Image
@@ -15,8 +17,9 @@ import vq
 
 def seeds(*pairs, name="l1"):
     """Runs in which all figures are 1, but `name` at alpha 0 and alpha 1, a pair a seed."""
-    keys = {row[0] for row in figures.ROWS} | {row[0] + "_2" for row in figures.PHASES}
-    blank = dict.fromkeys(keys, 1.0) | {"same_codes": True}
+    keys = {row[0] for row in figures.ROWS} | {
+        row[0] + end for row in (*figures.PHASES, *figures.METHOD) for end in ("", "_2")}
+    blank = dict.fromkeys(keys, 1.0) | {"same_codes": True, "explained": 10.0}
     return [{0.0: blank | {name: low}, 1.0: blank | {name: high}} for low, high in pairs]
 
 
@@ -26,6 +29,7 @@ def test_verdicts_need_all_seeds_and_three_of_them():
     assert figures.verdict([1, 2, 3], [2, 3, 2], "higher") == "inconclusive"
     assert figures.verdict([1, 2, 3], [1, 2, 3], "lower") == "inconclusive"  # equal is neither
     assert figures.verdict([1, 2], [2, 3], "higher") == "2 of 2: inconclusive"
+    assert figures.verdict([1, 2, 3], [2, 3, 4], "higher", apart=1.1) == "inconclusive"
     assert figures.verdict([1], [2], "") == ""
 
 
@@ -35,13 +39,26 @@ def test_the_tables_hold_means_spreads_verdicts_and_conditions():
         "| 0.060 ± 0.010 | 0.120 ± 0.020 | higher | reproduced |") for line in text)
     assert any(line.startswith("| L1 of") and line.endswith(
         "| 1 | 0.120 ± 0.020 | 1.000 ± 0.000 | lower | opposite |") for line in text)
-    runs = seeds((5.0, 4.0), (3.0, 4.0), name="ratio")
+    runs = seeds((5.0, 2.5), (2.0, 4.0), name="ratio")
     runs[0][1.0]["same_codes"] = False
-    runs[1][1.0]["sem"] = 0.5
+    runs[1][1.0] |= {"sem": 0.5, "explained": 16.0}
     text = figures.tables(runs)
     assert "CHANGED" in text
     held = [line.split(": ")[-1] for line in text.splitlines() if line.startswith("- condition")]
-    assert held == ["1 of 2 seed(s)", "0 of 2 seed(s)", "1 of 2 seed(s)", "0 of 2 seed(s)"]
+    assert held == [f"{n} of 2 seed(s)" for n in (1, 0, 1, 0, 1)]
+
+
+def test_what_the_parts_explain_and_their_inception_score():
+    shares = [figures.explained(f"shapes:clutter={c}", 16, 300, 100) for c in (0, 0.5, 1)]
+    assert 1 > shares[0] > 0.6 > shares[1] > shares[2] > 0
+    kinds = torch.tensor([6, 6, 6, 6, 6, 6, 6])
+
+    def network(x, layers):  # surely tells the first part by the first pixel, of the others nothing
+        told = torch.zeros(len(x), int(kinds.sum()))
+        told[range(len(x)), ((x[:, 0, 0, 0] + 1) * 127.5).round().long()] = 100
+        return {"logit": told}
+    images = torch.arange(6, dtype=torch.uint8).repeat(50).view(-1, 1, 1, 1).expand(-1, 4, 4, 3)
+    assert figures.score(images.numpy(), network) == pytest.approx((6 + 6 * 1) / 7, rel=1e-3)
 
 
 def test_ablation_rows_stand_beside_the_papers(tmp_path):
@@ -76,13 +93,14 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
                       CUDA_VISIBLE_DEVICES="", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     start = ["bash", str(ROOT / "miniature" / "demo.sh")]
     options = {"env": env, "cwd": tmp_path, "text": True}
-    demo = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options)
+    demo = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True, **options)
     while not (out / "start" / "metrics.jsonl").exists():
         assert demo.poll() is None, demo.stdout.read()
-        time.sleep(0.2)
-    demo.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    os.killpg(demo.pid, signal.SIGINT)  # as a terminal does: the script, and what it started
     text = demo.communicate()[0]  # ends when its last child has
-    assert demo.returncode == 130, text
+    assert demo.returncode == 130 and (out / "start" / "ckpt.pt").exists(), text
     assert not (out / "table.md").exists()
 
     done = subprocess.run(start, capture_output=True, **options)
