@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.utils import make_grid
 
@@ -507,11 +507,20 @@ class Unreadable:
                 f"python data.py --data ...")
 
 
-def save_grid(path, images, columns):
-    """Save uint8 images (N, 3, H, W) as one PNG, row by row, small ones enlarged."""
+def save_grid(path, images, columns, names=()):
+    """Save uint8 images (N, 3, H, W) as one PNG, row by row, small ones enlarged. names: what
+    stands to the left of each row."""
     scale = max(1, 96 // images.shape[-1])
     sheet = make_grid(images.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
     sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
+    if names:
+        bare, font = sheet, ImageFont.load_default(15)
+        left = max(int(font.getlength(name)) for name in names) + 20
+        sheet = Image.new("RGB", (left + bare.width, bare.height), "white")
+        sheet.paste(bare, (left, 0))
+        for row, name in enumerate(names):
+            y = scale * (2 + (images.shape[2] + 2) * row + images.shape[2] / 2)
+            ImageDraw.Draw(sheet).text((left - 8, y), name, "black", font, anchor="rm")
     runtime.save_file(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -549,8 +558,8 @@ def main():
         progress.show(f"{done} of {len(chosen)}", done, every_s=10)
     shown = torch.stack([images[i][0] for i in spread(len(source), 40)])
     save_grid(args.preview, shown, columns=8)
-    for name in source.classes[:20]:
-        print(f"  {name}: {classes[name]}")
+    for number, name in enumerate(source.classes):
+        print(f"  {number} {name}: {classes[name]}")
     print(f"  unreadable: {bad} of {len(chosen)}; preview in {args.preview}")
     if bad > MAX_BAD * len(chosen):
         raise SystemExit(f"{bad} of {len(chosen)} images can't be read: remove or repair them")

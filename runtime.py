@@ -281,7 +281,8 @@ def add_training_flags(parser, **defaults):
     add("--log_every", type=at_least_1, default=50, help="steps between two progress lines")
     add("--eval_every", type=at_least_1, default=5000,
         help="steps between two validations, each followed by a checkpoint")
-    add("--tensorboard", action="store_true", help="write to TensorBoard as well (its package)")
+    add("--tensorboard", action="store_true",
+        help="write to TensorBoard as well, which pip install tensorboard brings")
     add_device_flags(add)
     parser.set_defaults(data_found="", **defaults)  # what the data were: no flag, kept with them
 

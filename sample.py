@@ -11,6 +11,7 @@ sampler.json. A sample depends on --seed, its number and --batch_size (at most -
 number of processes. The same flags with another phase's --tokenizer decode the same codes (Fig. 9).
 """
 import argparse
+import difflib
 import json
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def parse():
     add("--count", type=runtime.at_least_1, default=64,
         help="number of samples, or of images to look at")
     add("--out", default="samples", help="folder for the results")
-    add("--labels", type=int, nargs="+", help="classes to sample, in turn; default: all")
+    add("--labels", nargs="+", help="classes to sample, in turn, by name or number; default: all")
     add("--batch_size", type=runtime.at_least_1, default=64,
         help="samples drawn at once by a process")
     add("--seed", type=int, default=0, help="another seed, other samples")
@@ -68,6 +69,24 @@ def load_pair(prior_path, tokenizer_path, device):
     return prior, tokenizer, saved["args"]["image_size"], state
 
 
+def numbers_of(labels, prior, state):
+    """Numbers of the classes that --labels names; without it of all that the data had: rows of
+    classes never seen were never trained."""
+    names, numbers = state["classes"], []
+    if labels and not prior.classes:
+        raise SystemExit("--labels: this prior was trained without classes")
+    for label in labels or range(max(1, len(names))):
+        number = names.index(label) if label in names else -1
+        if number < 0 and str(label).isdigit():
+            number = int(label)
+        if not 0 <= number < max(1, prior.classes):
+            near = difflib.get_close_matches(str(label), names) or names[:3]
+            raise SystemExit(f"--labels {label}: no class of this prior, which has 0 to "
+                             f"{prior.classes - 1}; nearest names: {', '.join(near)}")
+        numbers.append(number)
+    return torch.tensor(numbers)
+
+
 @torch.no_grad()
 def draw(args, device, compiled):
     """Sample with all processes, and write samples.npz, grid.png, sampler.json."""
@@ -75,19 +94,13 @@ def draw(args, device, compiled):
     if (out / "samples.npz").exists():
         raise SystemExit(f"{out} already holds samples: choose another --out")
     prior, tokenizer, size, state = load_pair(args.prior, args.tokenizer, device)
-    if args.labels and not prior.classes:
-        raise SystemExit(f"--labels: {args.prior} was trained without classes")
-    if args.labels and not 0 <= min(args.labels) <= max(args.labels) < prior.classes:
-        raise SystemExit(f"--labels {args.labels}: {args.prior} has classes 0 to "
-                         f"{prior.classes - 1}")
+    cycle = numbers_of(args.labels, prior, state)
     runtime.on_one_machine("draw samples")
     if args.cfg and not prior.config["null_class"]:
         raise SystemExit("--cfg needs a prior that was trained with --label_dropout")
     if compiled:
         tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
-    # by default the classes that the data had: rows of classes never seen were never trained
-    cycle = torch.tensor(args.labels or range(max(1, len(state["classes"]))))
     labels = cycle[torch.arange(args.count) % len(cycle)] if prior.classes else None
     names = ("temperature", "cfg", "top_k", "top_p") if prior.kind == "ar" else (
         "temperature", "cfg", "steps", "choice_temperature")
@@ -116,9 +129,14 @@ def draw(args, device, compiled):
     runtime.barrier()
     if not runtime.is_main():
         return
-    grid = torch.from_numpy(samples[:64].copy()).permute(0, 3, 1, 2)
-    data.save_grid(out / "grid.png", grid, 8)
+    shown, names = np.arange(min(64, args.count)), ()
+    if labels is not None and args.count >= 8 * len(cycle):  # a row for each of the first classes
+        shown = np.concatenate([np.arange(args.count)[labels == n][:8] for n in cycle[:8]])
+        names = [state["classes"][n] if state["classes"] else str(n) for n in cycle[:8].tolist()]
+    grid = torch.from_numpy(samples[shown]).permute(0, 3, 1, 2)
+    data.save_grid(out / "grid.png", grid, 8, names)
     made = vars(args) | {"kind": prior.kind, "prior_step": state["step"],
+                         "classes": state["classes"],
                          "prior_sha256": sha256(args.prior), "data": state["args"]["data"],
                          "tokenizer_sha256": sha256(args.tokenizer), "torch": torch.__version__}
     (out / "sampler.json").write_text(json.dumps(made, indent=1) + "\n")
@@ -150,7 +168,8 @@ def teacher_forced(args, device):
             raise SystemExit(f"{pair}: the view needs the causal mask of an AR prior (Sec. 3.2)")
         x, labels, classes = read_images(args.teacher_forced, size, args.count, device)
         if args.labels:
-            labels = torch.tensor(args.labels)[torch.arange(len(x)) % len(args.labels)]
+            cycle = numbers_of(args.labels, prior, state)
+            labels = cycle[torch.arange(len(x)) % len(cycle)]
         elif prior.classes and classes != list(state["classes"]):
             raise SystemExit(f"{pair} has classes that {args.teacher_forced} has not: --labels")
         parts = []

@@ -30,8 +30,8 @@ LAYOUT = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "extra
 INHERITED = (*LAYOUT, "beta", "gamma", "data", "val", "crop", "image_size", "disc_channels", "vgg",
              "l1_weight", "perceptual_weight", "adv_weight", "r1")
 FIXED = (*LAYOUT, "phase", "seed", "batch_size", "image_size", "crop", "disc_channels")
-SHOWN = ("loss", "l1", "perceptual", "commitment", "H", "real_logit", "fake_logit", "skipped",
-         "psnr", "usage", "perplexity", "code_deviation")
+SHOWN = ("loss", "l1", "perceptual", "commitment", "H", "code_deviation", "real_logit",
+         "fake_logit", "skipped", "psnr", "usage", "perplexity")
 
 
 def parse():
@@ -201,10 +201,7 @@ def validate(model, perceptual, batches, full, device, args, unreadable):
         histogram += torch.bincount(indices.flatten(), minlength=args.codebook_size)
     means = dict(zip(names, (runtime.sum_over_processes(total) / total[-1]).tolist()))
     usage, perplexity, H = vq.usage_and_perplexity(runtime.sum_over_processes(histogram))
-    # From about 0.5 on, in 256 dimensions, the entropy term gives unused codes no gradient.
-    deviation = model.quantizer.vectors().detach().std(0).mean()
-    return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H,
-                    "code_deviation": deviation}
+    return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
 
 
 def save_picture(path, model, val, device, args):

@@ -185,7 +185,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z_hat):
         """-> z_q with straight-through gradient, indices, and the terms codebook, commitment,
-        H (entropy of the soft usage, nats) and vq, their weighted sum."""
+        H (entropy of the soft usage, nats), vq, their weighted sum, and code_deviation."""
         with torch.autocast(z_hat.device.type, enabled=False):
             z = z_hat.float().permute(0, 2, 3, 1)  # (B, h, w, n_z)
             shape = z.shape
@@ -208,7 +208,10 @@ class Quantizer(nn.Module):
             vq = vq + self.gamma * (math.log(self.codebook_size) - H)
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
             z_q, indices = z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3])
-            return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq}
+            # In 256 dimensions from about 0.5 on the entropy term gives unused codes no gradient.
+            deviation = self.codebook.detach().std(0).mean()
+            return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq,
+                                  "code_deviation": deviation}
 
 
 def usage_and_perplexity(histogram):

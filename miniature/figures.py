@@ -4,6 +4,7 @@
     python miniature/figures.py demo0 demo1 demo2 --out docs       # mean, spread and a verdict
     python miniature/figures.py --clutter demo0 demo1 plain0 plain1 --out docs    # when alpha helps
     python miniature/figures.py --ablations ablations              # Tables 1, 5 and 6 in miniature
+    python miniature/figures.py --curves runs/tokenizer runs/prior # one's own runs: curves.png
 
 A run is a folder as demo.sh leaves it: vgg/ (the network of the loss), classifier/ (the independent
 one), and for each alpha a folder with phase1/, phase2/, ar/, ar_second/, nar/ and the JSON files of
@@ -346,14 +347,17 @@ def pictures(folders, out):
         sheet(out / f"{name}.png", rows)
 
 
-def curves(folders, runs, path):
-    """Fig. 10: validation loss against step; Fig. 5b: FD against alpha. One line a seed."""
+def plotting():
+    """Matplotlib, without a screen."""
     try:
         import matplotlib
     except ImportError:
-        print("the curves of Figs. 10 and 5b need the package: pip install matplotlib")
-        return
+        raise SystemExit("curves need a package: pip install matplotlib") from None
     matplotlib.use("Agg")
+
+
+def curves(folders, runs, path):
+    """Fig. 10: validation loss against step; Fig. 5b: FD against alpha. One line a seed."""
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, kind in zip(axes, ("ar", "nar")):
@@ -378,8 +382,6 @@ def curves(folders, runs, path):
 def clutter(runs, path):
     """What alpha 1 gains over alpha 0, phase 2, against the clutter of the pictures: a line a seed,
     and their table."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot
     found = [(float((spec(run) + "=1").split("=")[1]), run, measure(run)) for run in runs]
     found = sorted(found, key=lambda item: item[:2])
@@ -406,14 +408,47 @@ def clutter(runs, path):
     print("\n".join(lines) + f"\nwrote {path}")
 
 
+def own_curves(runs, path):
+    """What runs of one's own logged, against the step: a panel a value, a line a run and split."""
+    from matplotlib import pyplot
+    names = ("loss", "l1", "perceptual", "psnr", "relu5_3", "logit", "usage", "perplexity", "H")
+    found = {}
+    for run in runs:
+        lines = runtime.read_metrics(Path(run) / "metrics.jsonl")
+        if not lines:
+            raise SystemExit(f"{run} has no metrics.jsonl with anything in it: no run")
+        for name in names:
+            for split in ("train", "val"):
+                points = [(line["step"], line[name]) for line in lines
+                          if line["split"] == split and line.get(name) is not None]
+                if points:
+                    found.setdefault(name, {})[f"{run}, {split}"] = points
+    figure, axes = pyplot.subplots(-(-len(found) // 3), 3, figsize=(12, -(-len(found) // 3) * 2.6),
+                                   layout="constrained", squeeze=False)
+    for axis, (name, curves) in zip(axes.flat, found.items()):
+        for label, points in curves.items():
+            axis.plot(*zip(*points), ".-" if len(points) < 30 else "-", label=label)
+        axis.set(title=name, xlabel="step")
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(found):]:
+        axis.axis("off")
+    figure.savefig(path, dpi=100)
+    print(f"wrote {path}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of demo.sh, one a seed")
     parser.add_argument("--clutter", nargs="+", help="folders of demo.sh, of more than one clutter")
+    parser.add_argument("--curves", nargs="+", help="folders of one's own runs")
     parser.add_argument("--ablations", help="folder of ablations.sh")
     parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
+    if args.curves or args.clutter:
+        plotting()
+    if args.curves:
+        return own_curves(args.curves, Path(args.out or ".") / "curves.png")
     out = Path(args.out or args.ablations or (args.clutter or args.runs)[0])
     out.mkdir(parents=True, exist_ok=True)
     if args.ablations:
@@ -432,6 +467,7 @@ def main():
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
         pictures({alpha: alphas(args.runs[0])[alpha] for alpha in runs[0]
                   if all(alpha in found for found in runs)}, out)
+        plotting()
         curves(args.runs, runs, out / "curves.png")
 
 
