@@ -461,7 +461,7 @@ def read_metrics(path):
 
 class Run:
     """A run folder: ckpt.pt, metrics.jsonl, samples/. It resumes, saves, logs, and knows when to
-    stop. From here on a signal is a request. Two runs can't have one folder.
+    stop. Two runs can't have one folder.
 
     shown: names of the values that a progress line shows."""
 
@@ -469,7 +469,7 @@ class Run:
         self.args, self.component, self.shown = args, component, shown
         self.out, self.saved, self.code, self.reason = Path(args.out), 0, 0, ""
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
-        self.board, self.request = None, Request()
+        self.board = None
         if is_main():
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -486,7 +486,9 @@ class Run:
 
     def resume(self, **parts):
         """Fill models and optimizers (names as in `save`) from the checkpoint, if there is one, and
-        return its step, or 0. What was logged later is forgotten."""
+        return its step, or 0. What was logged later is forgotten. From here on a signal is a
+        request."""
+        self.request = Request()
         if self.ckpt.exists():
             state = read_checkpoint(self.ckpt, self.component)
             self.saved = state["step"]

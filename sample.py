@@ -75,7 +75,7 @@ def numbers_of(labels, prior, state):
     names, numbers = state["classes"], []
     if labels and not prior.classes:
         raise SystemExit("--labels: this prior was trained without classes")
-    for label in labels or range(max(1, len(names))):
+    for label in labels or range(len(names) if prior.classes else 1):
         number = names.index(label) if label in names else -1
         if number < 0 and str(label).isdigit():
             number = int(label)

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py --data photos --vgg runs/vgg/ckpt.pt --image_size 32 --iters 1000 \\
            --channels 16 32 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 \\
-           --batch_size 16 --lr 1.5e-3 --vq_start 100                         # a laptop
+           --batch_size 16 --lr 1.5e-3 --vq_start 100 --disc_ramp 500         # a laptop
     torchrun --nproc_per_node=8 train_tokenizer.py --alpha 1 --data imagenet/train \\
              --val imagenet/val                                               # eight GPUs
     torchrun --nproc_per_node=8 train_tokenizer.py --phase 2    # on what the last command made

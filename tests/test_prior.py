@@ -311,6 +311,13 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     assert {*one.namelist()} == {*two.namelist()}
     assert all(one.read(name) == two.read(name) for name in two.namelist())
     assert np.array_equal(cells(tmp_path / "a/grid.png", 8)[:12], saved["arr_0"])
+    script("sample", *words, "--labels", "cone", 0, "--count", 20, "--out", tmp_path / "c")
+    grid = np.asarray(Image.open(tmp_path / "c/grid.png"))  # a row for each class, named
+    saved_c = np.load(tmp_path / "c/samples.npz")
+    assert saved_c["arr_1"].tolist() == [3, 0] * 10 and grid.shape[1] > 8 * 108 + 12
+    for row, first in ((0, 0), (1, 1)):
+        right = grid[::6, -(8 * 108 + 12)::6][2 + 18 * row:18 + 18 * row, 2:18]
+        assert np.array_equal(right, saved_c["arr_0"][first])
     made = json.loads((tmp_path / "a/sampler.json").read_text())
     assert made["count"] == 12 and made["top_p"] == 0.92 and made["kind"] == "ar"
     assert len([*(tmp_path / "a").iterdir()]) == 3  # nothing unfinished is left
@@ -334,7 +341,8 @@ def test_what_does_not_belong_together_is_refused(prior, tokenizer, tmp_path, re
     pair = ["--prior", prior, "--tokenizer", tokenizer]
     for flag in ("count", "steps", "batch_size", "temperature", "top_p"):
         assert f"--{flag}" in refused(*words, *pair, f"--{flag}", 0)
-    assert f"classes 0 to {C - 1}" in refused(*words, *pair, "--labels", 99)
+    assert f"0 to {C - 1}" in refused(*words, *pair, "--labels", 99)
+    assert "nearest names: cone" in refused(*words, *pair, "--labels", "cones")
     bare = save_prior(tmp_path / "bare.pt", tokenizer, classes=0)
     assert "without classes" in refused(*words, *pair, "--prior", bare, "--labels", 1)
     monkeypatch.setattr(runtime, "world", lambda: 2)

@@ -74,6 +74,17 @@ def test_the_loss_in_five_lines_runs(vgg):
     assert names["loss"] > 0 and names["total"] > 0 and code.count("\n") == 5
 
 
+def test_a_tokenizer_in_ones_own_script(tmp_path, monkeypatch):
+    """README's lines as they stand: one's own picture, its codes and back, eight samples."""
+    code = next(block for block in FENCE.findall(README) if "load_prior" in block)
+    (tmp_path / "miniature").symlink_to(ROOT / "miniature")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 60), "red").save("picture.png")
+    exec(code, names := {})
+    assert names["codes"].shape[0] == 1 and Image.open("mine.png").width > 9 * 96
+    assert code.count("\n") <= 9
+
+
 def commands(text):
     """Command lines of a page as lists of words: in fenced blocks, and in the text."""
     lines = [line for block in FENCE.findall(DIFF.sub("", text))
@@ -107,6 +118,7 @@ def test_flags_exist(page):
         for i, word in enumerate(words):
             if re.match(r"--[a-z]", word):
                 known = flags(Path(words[at[0]]).stem) if at and i > at[0] else anywhere
+                known |= {*re.findall(r'^\+.*"(--\w+)"', PAGES[page], re.M)}  # of patches
                 assert word.split("=")[0] in known, f"{page}: {' '.join(words)}"
 
 
