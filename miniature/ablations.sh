@@ -7,6 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO_OUT:-demo} out=${ABLATIONS_OUT:-ablations} seed=${ABLATIONS_SEED:-0} steps=${ABLATIONS_STEPS:-1500}
+priors=${ABLATIONS_PRIORS:-8000}
 export OMP_NUM_THREADS=1
 rows=${ABLATIONS:-plain entropy kmeans factorized base sem D E A B C conv attention long}
 [ -e "$demo/train.npz" ] || { echo "ablations.sh: $demo/train.npz is missing: run demo.sh first" >&2; exit 2; }
@@ -24,7 +25,7 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 finished() { [ -e "$1" ]; }
 
 flags() {  # what a row changes
-  local start="--init $demo/start/ckpt.pt --lr 1e-3 --disc_ramp 20000 --iters $((steps * 2 / 3))"
+  local start="--init $demo/start/ckpt.pt --lr 1e-3 --iters $((steps * 2 / 3))"
   case $1 in
     # Table 1: better reconstruction by a larger decoder, by attention, by training; from scratch
     conv) echo "$scratch --extra_blocks 2" ;;
@@ -45,19 +46,18 @@ flags() {  # what a row changes
     *) echo "ablations.sh: no row $1" >&2; exit 2 ;;
   esac
 }
-scratch="--alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 --iters $steps --lr 1.5e-3
-         --disc_ramp $((steps / 2))"
+scratch="--alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 --iters $steps --lr 1.5e-3"
 
 row() {
   local folder=$out/$1
   trap stop INT TERM  # a subshell forgets its traps
   run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --lr_end 1e-4 \
-    --l1_weight 0.1 --adv_weight 0.02 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
+    --l1_weight 0.5 --adv_weight 0 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
-  run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters $((2 * steps)) --lr 2e-3 --lr_end 1e-4 \
-    --decay_start 0 --dropout 0 --eval_every 200 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
-  finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --count 1000 \
+  run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters "$priors" --lr 2e-3 --lr_end 1e-4 \
+    --decay_start 0 --dropout 0 --eval_every 500 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
+  finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --count 2000 \
     --batch_size 100 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar1"
   finished "$folder/ar1.json" || run python fid.py --real "$demo/train.npz" --fake "$folder/ar1/samples.npz" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/ar1.json"

@@ -53,6 +53,15 @@ def alone(tmp_path, monkeypatch):
     return call
 
 
+def test_the_attention_decoder_takes_at_most_64_images_at_once(monkeypatch):
+    model, sizes, forward = vq.VQModel((16, 16), 8, attention=1), [], vq.Decoder.forward
+    monkeypatch.setattr(vq.Decoder, "forward",
+                        lambda net, z: sizes.append(len(z)) or forward(net, z))
+    z_q = torch.randn(70, 8, 4, 4)
+    x_hat = model.decode(z_q)
+    assert sizes == [64, 6] and torch.allclose(x_hat[65:], model.decode(z_q[65:]), atol=1e-5)
+
+
 def test_vq_stands_alone_and_does_what_its_docstring_shows(alone):
     names, shown = alone("vq")
     assert len(shown) == 3
