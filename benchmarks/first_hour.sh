@@ -50,7 +50,7 @@ resume() {  # a signal, then the same command with --resume
   python $train --iters 100000 --out $out/killed & pid=$!
   until grep -q '"train"' $out/killed/metrics.jsonl 2> /dev/null; do sleep 1; kill -0 $pid; done
   kill -TERM $pid
-  wait $pid
+  wait $pid || [ $? = 143 ]  # saved, then 128 + SIGTERM
   step=$(python -c "import torch; print(torch.load('$out/killed/ckpt.pt', 'cpu', weights_only=True)['step'])")
   python train_tokenizer.py --resume --out $out/killed --iters $((step + n))
 }

@@ -348,12 +348,14 @@ def pictures(folders, out):
 
 
 def plotting():
-    """Matplotlib, without a screen."""
+    """Is Matplotlib there? If so, it draws without a screen."""
     try:
         import matplotlib
     except ImportError:
-        raise SystemExit("curves need a package: pip install matplotlib") from None
+        print("curves need a package: pip install matplotlib")
+        return False
     matplotlib.use("Agg")
+    return True
 
 
 def curves(folders, runs, path):
@@ -445,8 +447,9 @@ def main():
     parser.add_argument("--ablations", help="folder of ablations.sh")
     parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
-    if args.curves or args.clutter:
-        plotting()
+    plots = plotting()
+    if (args.curves or args.clutter) and not plots:
+        sys.exit(1)
     if args.curves:
         return own_curves(args.curves, Path(args.out or ".") / "curves.png")
     out = Path(args.out or args.ablations or (args.clutter or args.runs)[0])
@@ -467,8 +470,8 @@ def main():
         (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
         pictures({alpha: alphas(args.runs[0])[alpha] for alpha in runs[0]
                   if all(alpha in found for found in runs)}, out)
-        plotting()
-        curves(args.runs, runs, out / "curves.png")
+        if plots:
+            curves(args.runs, runs, out / "curves.png")
 
 
 if __name__ == "__main__":
