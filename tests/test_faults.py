@@ -336,7 +336,7 @@ def test_bad_steps_are_skipped_and_twenty_in_a_row_end_the_run(kind, words, scri
     def spy(self, step, path, **state):
         saved.extend([step] * (path == self.ckpt))
         save(self, step, path, **state)
-    monkeypatch.setattr(runtime.Optimizers, "take", poison)
+    monkeypatch.setattr(runtime.Optimizers, "step", poison)
     monkeypatch.setattr(runtime.Run, "save", spy)
     with pytest.raises(SystemExit, match="20 steps in a row.*ckpt.pt holds step 6.*--resume"):
         script(*words[kind], "--eval_every", 1, "--iters", 30, "--out", tmp_path / "run")
