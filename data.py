@@ -57,7 +57,7 @@ def open_source(spec, split="train", hold_out=False):
     if kind == "shapes":
         from miniature.shapes import Shapes
         clutter = name.removeprefix("clutter=") or "1"
-        if not re.fullmatch(r"[01]|0?\.\d+", clutter):
+        if not re.fullmatch(r"[01]\.?0*|0?\.\d+", clutter):
             raise SystemExit(f"{spec}: clutter is a number in [0, 1], as in shapes:clutter=0.5")
         return Shapes(split, float(clutter))
     if kind == "torchvision":
@@ -98,12 +98,13 @@ def open_data(args, labels=False):
 def number_alike(source, val, spec):
     """The classes of `val`, all or some of those of `source`, get the numbers that they have there,
     by name."""
-    if list(val.classes) == list(source.classes):
+    if not source.classes or list(val.classes) == list(source.classes):
         return
     strange = [name for name in val.classes if name not in source.classes]
     if strange or not val.classes or not isinstance(val, Folder):
         raise SystemExit(f"--val {spec} has {', '.join(strange[:3]) or 'no'} classes, which are "
-                         f"not those of --data: its class folders must have the same names")
+                         f"not those of --data: its class folders must have the same names "
+                         f"(a prior that uses none: --classes 0)")
     if runtime.is_main():
         print(f"--val {spec} has {len(val.classes)} of {len(source.classes)} classes", flush=True)
     val.labels = np.array([source.classes.index(name) for name in val.classes])[val.labels]

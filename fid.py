@@ -137,11 +137,14 @@ class Classifier(nn.Module):
 
 class Images(Subset):
     """What --real or --fake names. An item is uint8 (3, H, W), label, "" or why it can't be taken.
-    image_size 0: images as they are, all of the first one's size; so are samples always."""
+    image_size 0: images as they are, all of the first one's size. Samples (.npz) are always taken
+    so, and whole."""
 
     def __init__(self, path, image_size, split, count):
+        samples = path.endswith(".npz")
+        split = None if samples else split
         self.source = data.open_source(path, split or "train", hold_out=bool(split))
-        size = 0 if path.endswith(".npz") else image_size
+        size = 0 if samples else image_size
         super().__init__(data.EvalImages(self.source, size), data.spread(len(self.source), count))
         self.path = f"{path} ({split})" if split else path
         first, _, reason = self.dataset[self.indices[0]]

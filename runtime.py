@@ -65,8 +65,8 @@ def end_workers():
     """What data.loader has multiprocessing call at exit, before it asks workers to end by a SIGTERM
     and waits for them: they ignore it."""
     workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end
+    if workers and hasattr(signal, "SIGCHLD"):  # torch's handler would report their end
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()
 
@@ -113,8 +113,9 @@ def setup(args):
     if compiled and (missing := missing_for_compile(name)):
         if wanted:
             raise SystemExit(f"--compile needs {missing}, which this machine lacks")
-        print(f"not compiled, since this machine lacks {missing}", flush=True)
         compiled = False
+        if is_main():
+            print(f"not compiled, since this machine lacks {missing}", flush=True)
     if is_main():
         print(describe(name, args, compiled), flush=True)
     if name == "cuda":
@@ -544,14 +545,16 @@ class Run:
     def due(self, step, every):
         return step % every == 0 or step == self.args.iters
 
+    # In both process 0 decides: on a network disk the others may not see all lines yet.
+
     def missed(self, step):
         """Whether a run that goes on at `step` was stopped or killed before its validation."""
         logged = any(line["step"] == step and line["split"] == "val" for line in self.lines)
-        return step > 0 and self.due(step, self.args.eval_every) and not logged
+        due = step > 0 and self.due(step, self.args.eval_every)
+        return largest_over_processes(is_main() and due and not logged) > 0
 
     def lowest(self):
-        """The lowest validation loss so far, or infinity. Process 0 decides: on a network disk the
-        others may not see all lines yet."""
+        """The lowest validation loss so far, or infinity."""
         losses = [line["loss"] for line in self.lines if line["split"] == "val"]
         lowest = min((loss for loss in losses if loss is not None), default=math.inf)
         return -largest_over_processes(-lowest if is_main() else -math.inf)

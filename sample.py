@@ -132,7 +132,7 @@ def draw(args, device, compiled):
     shown, names = np.arange(min(64, args.count)), ()
     if labels is not None and args.count >= 8 * len(cycle):  # a row for each of the first classes
         shown = np.concatenate([np.arange(args.count)[labels == n][:8] for n in cycle[:8]])
-        names = [state["classes"][n] if state["classes"] else str(n) for n in cycle[:8].tolist()]
+        names = [state["classes"][n] for n in cycle[:8].tolist()]
     grid = torch.from_numpy(samples[shown]).permute(0, 3, 1, 2)
     data.save_grid(out / "grid.png", grid, 8, names)
     made = vars(args) | {"kind": prior.kind, "prior_step": state["step"],

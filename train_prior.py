@@ -216,7 +216,7 @@ def main():
     source, val = data.open_data(args, labels=args.classes != 0)
     if args.classes is None:
         args.classes = len(source.classes)
-    if 0 < args.classes < len(source.classes):
+    if args.classes not in (0, len(source.classes)):
         raise SystemExit(f"--classes {args.classes}, but the data have {len(source.classes)}")
     if args.label_dropout and not args.classes:
         raise SystemExit("--label_dropout needs classes")

@@ -209,7 +209,7 @@ class Quantizer(nn.Module):
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
             z_q, indices = z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3])
             # In 256 dimensions from about 0.5 on the entropy term gives unused codes no gradient.
-            deviation = self.codebook.detach().std(0).mean()
+            deviation = self.vectors().detach().std(0).mean()
             return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq,
                                   "code_deviation": deviation}
 

@@ -66,11 +66,13 @@ row() {
 for name in $rows; do flags "$name" > /dev/null; done  # ends here if one of them is no row
 mkdir -p "$out"
 # The pictures are written out once: drawing them anew for every row would cost more than reading.
+data=$(python -c "import sys, torch; print(torch.load(sys.argv[1], 'cpu', weights_only=True, mmap=True)['args']['data'])" \
+  "$demo/start/ckpt.pt")
 for part in "train 8000" "val 1000"; do
   set -- $part
   [ -d "$out/$1" ] && continue
   rm -rf "$out/$1.part"
-  run python data.py --data shapes --split "$1" --image_size 32 --count "$2" --workers 2 --out "$out/$1.part" \
+  run python data.py --data "$data" --split "$1" --image_size 32 --count "$2" --workers 2 --out "$out/$1.part" \
     --preview "$out/$1.png"
   mv "$out/$1.part" "$out/$1"
 done

@@ -129,7 +129,8 @@ def main():
     unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, opt)
 
     def save(step):
-        with runtime.evaluating(net, device, args.dtype):
+        with (runtime.evaluating(net, device, args.dtype),
+              torch.compiler.set_stance("force_eager")):
             logits = net(batch[0][0], ("logit",))["logit"]
         if optimizers.sound(step, logits):
             measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit

@@ -160,6 +160,12 @@ def test_validation_labels_are_those_of_training(many_photos, tmp_path, capsys):
     with pytest.raises(SystemExit, match="--val.*no classes"):
         opened("")
     assert len(opened("", labels=False)) == 1  # a tokenizer does not look at them
+    for path in many_photos.rglob("*.png"):
+        path.rename(many_photos / f"{path.parent.name} {path.name}")
+    for folder in ("cats", "dogs"):
+        (many_photos / folder).rmdir()
+    shutil.rmtree(tmp_path / "val")
+    assert len(opened("strange").classes) == 1  # a flat --data has no labels to be wrong
 
 
 def test_only_links_are_looked_at_one_by_one(many_photos, monkeypatch):

@@ -349,6 +349,11 @@ def test_split_and_count(many_photos):
     assert 1 < sizes[0] < 20 and sizes[2] == sizes[0] + sizes[1] == 160
 
 
+def test_samples_have_no_parts(tmp_path):
+    path = write_npz(tmp_path / "samples.npz", pictures(60, seed=5, size=16))
+    assert len(fid.Images(str(path), 16, "val", None)) == 60
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 def test_statistics_of_other_features_are_refused(refused, tf1, tmp_path, vgg):

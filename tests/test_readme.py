@@ -16,6 +16,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import losses
+import sample
 from transformer import Transformer
 from vq import VQModel
 
@@ -83,6 +84,15 @@ def test_a_tokenizer_in_ones_own_script(tmp_path, monkeypatch):
     exec(code, names := {})
     assert names["codes"].shape[0] == 1 and Image.open("mine.png").width > 9 * 96
     assert code.count("\n") <= 9
+
+
+def test_the_shipped_weights_are_whole_and_belong_together():
+    folder = ROOT / "miniature/weights"
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert losses.sha256(folder / name) == digest, name
+    for kind in ("ar", "nar"):
+        sample.load_pair(folder / f"{kind}.pt", folder / "tokenizer.pt", torch.device("cpu"))
 
 
 def commands(text):
