@@ -5,7 +5,7 @@
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
 #     DEMO_CLUTTER=0 bash miniature/demo.sh                # plain pictures, with little to leave out; 1 is the default
-#     DEMO_STEPS=2000 DEMO_PRIORS=8000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md
+#     DEMO_STEPS=2000 DEMO_PRIORS=4000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
 # Stop it when you like: the same command goes on. Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a
