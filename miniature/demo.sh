@@ -104,6 +104,6 @@ for alpha in $alphas; do
 done
 wait  # a job that failed has said why; figures.py then misses its files and ends this script with an error
 
-log "what came out. One seed decides nothing; docs/miniature.md has three:"
+log "what came out. One seed decides nothing; docs/miniature.md has more:"
 run python miniature/figures.py "$out"
 echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"
