@@ -348,10 +348,11 @@ def autocast(device, dtype):
 
 
 @contextlib.contextmanager
-def evaluating(model, device, dtype):
-    """Eval mode, no gradient, autocast; then training mode again."""
+def evaluating(model, device, dtype, eager=False):
+    """Eval mode, no gradient, autocast; then training mode again. eager: no graph is compiled."""
+    stance = "force_eager" if eager else "default"
     model.eval()
-    with torch.no_grad(), autocast(device, dtype):
+    with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance(stance):
         yield
     model.train()
 

@@ -70,12 +70,11 @@ def load_pair(prior_path, tokenizer_path, device):
 
 
 def numbers_of(labels, prior, state):
-    """Numbers of the classes that --labels names; without it of all that the data had: rows of
-    classes never seen were never trained."""
+    """Numbers of the classes that --labels names; without it of all."""
     names, numbers = state["classes"], []
     if labels and not prior.classes:
         raise SystemExit("--labels: this prior was trained without classes")
-    for label in labels or range(len(names) if prior.classes else 1):
+    for label in labels or range(max(1, prior.classes)):
         number = names.index(label) if label in names else -1
         if number < 0 and str(label).isdigit():
             number = int(label)

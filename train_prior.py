@@ -250,8 +250,7 @@ def main():
 
     def save(step):
         _, tokens, labels, _ = micro_batches[0]
-        with (runtime.evaluating(model, device, args.dtype),
-              torch.compiler.set_stance("force_eager")):
+        with runtime.evaluating(model, device, args.dtype, eager=True):
             logits = model(tokens, labels)
         if optimizers.sound(step, logits):
             checkpoint(step, run.ckpt)

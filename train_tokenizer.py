@@ -188,8 +188,7 @@ def validate(model, perceptual, batches, full, device, args, unreadable):
         if not len(x):
             continue
         # A last batch of another size runs uncompiled: it is not worth a graph of its own.
-        stance = "default" if len(x) == full else "force_eager"
-        with runtime.evaluating(model, device, args.dtype), torch.compiler.set_stance(stance):
+        with runtime.evaluating(model, device, args.dtype, eager=len(x) != full):
             z_q, indices, _ = encode(model, x, args)
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x)
@@ -209,8 +208,7 @@ def save_picture(path, model, val, device, args):
     images = data.EvalImages(val, args.image_size)
     x = torch.stack([images[i][0] for i in data.spread(len(val), 32)])
     x = data.to_float(x, device)
-    with (runtime.evaluating(model, device, args.dtype),
-          torch.compiler.set_stance("force_eager")):
+    with runtime.evaluating(model, device, args.dtype, eager=True):
         x_hat = model.decode(encode(model, x, args)[0])
     columns = min(8, len(x))
     x, x_hat = (F.pad(data.to_uint8(t), (0, 0) * 3 + (0, -len(t) % columns), value=255)
@@ -282,8 +280,7 @@ def main():
     unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, *opts)
 
     def save(step):
-        with (runtime.evaluating(model, device, args.dtype),
-              torch.compiler.set_stance("force_eager")):
+        with runtime.evaluating(model, device, args.dtype, eager=True):
             x_hat, *_ = model(xs[0])
         if optimizers.sound(step, x_hat):
             state = {name: part.state_dict() for name, part in parts.items()}

@@ -192,7 +192,8 @@ class Quantizer(nn.Module):
             z = z.reshape(-1, shape[-1])  # (N, n_z)
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
-            z_q = F.embedding(indices, self.vectors())
+            vectors = self.vectors()
+            z_q = F.embedding(indices, vectors)
             # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT.
             codebook = F.mse_loss(z_q, z.detach())
             commitment = F.mse_loss(z, z_q.detach())
@@ -209,7 +210,7 @@ class Quantizer(nn.Module):
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
             z_q, indices = z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3])
             # In 256 dimensions from about 0.5 on the entropy term gives unused codes no gradient.
-            deviation = self.vectors().detach().std(0).mean()
+            deviation = vectors.detach().std(0).mean()
             return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq,
                                   "code_deviation": deviation}
 

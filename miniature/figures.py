@@ -385,26 +385,27 @@ def clutter(runs, path):
     """What alpha 1 gains over alpha 0, phase 2, against the clutter of the pictures: a line a seed,
     and their table."""
     from matplotlib import pyplot
-    found = [(float((spec(run) + "=1").split("=")[1]), run, measure(run)) for run in runs]
+    found = []  # (clutter, run, seed, figures)
+    for run in runs:
+        seed = read(f"{run}/about.json")["command"].split()[0].removeprefix("DEMO_SEED=")
+        found.append((float((spec(run) + "=1").split("=")[1]), run, seed, measure(run)))
     found = sorted(found, key=lambda item: item[:2])
     seeds = {}  # seed: [(clutter, figures)]
-    for amount, run, figures in found:
-        seed = read(f"{run}/about.json")["command"].split()[0]
+    for amount, _, seed, figures in found:
         seeds.setdefault(seed, []).append((amount, figures))
     figure, axes = pyplot.subplots(1, len(GAINS), figsize=(12, 3), layout="constrained")
     for axis, (name, text, sign) in zip(axes, GAINS):
         axis.axhline(0, color="grey", linewidth=0.8)
         for seed, points in seeds.items():
             gains = [sign * (f[1.0][name] - f[0.0][name]) for _, f in points]
-            axis.plot([amount for amount, _ in points], gains, "o-", label=seed)
+            axis.plot([amount for amount, _ in points], gains, "o-", label=f"seed {seed}")
         axis.set(title=text, xlabel="clutter")
     axes[0].set(ylabel="gain of alpha 1 over alpha 0")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     lines = ["| clutter | seed | parts explain, % | " + " | ".join(t for _, t, _ in GAINS) + " |",
              "|---" * (3 + len(GAINS)) + "|"]
-    for amount, run, f in found:
-        seed = read(f"{run}/about.json")["command"].split()[0].removeprefix("DEMO_SEED=")
+    for amount, _, seed, f in found:
         cells = (f"{f[0.0][name]:.3g}, {f[1.0][name]:.3g}" for name, _, _ in GAINS)
         lines.append(f"| {amount:g} | {seed} | {f[1.0]['explained']:.0f} | {' | '.join(cells)} |")
     print("\n".join(lines) + f"\nwrote {path}")
@@ -447,13 +448,13 @@ def main():
     parser.add_argument("--ablations", help="folder of ablations.sh")
     parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
-    plots = plotting()
+    folders = args.curves or args.clutter or args.runs
+    if not folders and not args.ablations:
+        parser.error("name some runs")
+    plots = folders and plotting()
     if (args.curves or args.clutter) and not plots:
         sys.exit(1)
-    folders = [args.ablations] if args.ablations else args.curves or args.clutter or args.runs
-    if not folders:
-        parser.error("name some runs")
-    out = Path(args.out or folders[0])
+    out = Path(args.out or args.ablations or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     if args.curves:
         return own_curves(args.curves, out / "curves.png")

@@ -129,8 +129,7 @@ def main():
     unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, opt)
 
     def save(step):
-        with (runtime.evaluating(net, device, args.dtype),
-              torch.compiler.set_stance("force_eager")):
+        with runtime.evaluating(net, device, args.dtype, eager=True):
             logits = net(batch[0][0], ("logit",))["logit"]
         if optimizers.sound(step, logits):
             measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
