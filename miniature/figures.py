@@ -31,6 +31,7 @@ from transformer import load_prior  # noqa: E402
 
 CPU = torch.device("cpu")
 HELD_OUT = 500  # pictures that reconstructions are measured on
+AR_PRIORS = ("ar", "ar_second")  # one prior decides nothing: a second one of another seed
 # Name, what it is, digits, and what the paper expects of it as alpha rises. Names that end in _2
 # are of phase 2; of a figure of AR samples NAME_apart is by how much two priors differ.
 ROWS = [
@@ -145,6 +146,15 @@ def score(images, network):
     return torch.stack(terms).mean().item()
 
 
+def ar_samples(folder, phase, priors, network):
+    """{name: [value of each prior]} of AR samples: FD, body as asked for in %, inception score."""
+    found = [read(folder / f"{prior}{phase}.json") for prior in priors]
+    return {"ar_fd": [one["FD"] for one in found],
+            "ar_body": [100 * one["accuracy"] for one in found],
+            "ar_score": [score(drawn(folder, f"{prior}{phase}", None), network)
+                         for prior in priors]}
+
+
 @torch.no_grad()
 def measure(run):
     """{alpha: {name of a figure: value}} of one run."""
@@ -169,19 +179,13 @@ def measure(run):
             found = read(folder / f"phase{phase}.json")
             values["fd" + end], values["usage" + end] = found["FD"], 100 * found["usage"]
             values["score" + end] = score(pixels(x_hat), other)
-            pairs = {"ar_fd": [], "ar_body": [], "ar_score": []}
-            for prior in ("ar", "ar_second"):
-                found = read(folder / f"{prior}{phase}.json")
-                pairs["ar_fd"].append(found["FD"])
-                pairs["ar_body"].append(100 * found["accuracy"])
-                pairs["ar_score"].append(score(drawn(folder, f"{prior}{phase}", None), other))
-            for name, pair in pairs.items():
+            for name, pair in ar_samples(folder, phase, AR_PRIORS, other).items():
                 values[name + end] = sum(pair) / 2
                 values[f"{name}{end}_apart"] = abs(pair[0] - pair[1])
             found = read(folder / f"nar{phase}.json")
             values["nar_fd" + end], values["nar_body" + end] = found["FD"], 100 * found["accuracy"]
         values["explained"] = 100 * share
-        values["ar_loss"] = statistics.mean(lowest(folder / k)["loss"] for k in ("ar", "ar_second"))
+        values["ar_loss"] = statistics.mean(lowest(folder / p)["loss"] for p in AR_PRIORS)
         values["nar_loss"] = lowest(folder / "nar")["loss"]
         values["gain"] = values["H"] - values["ar_loss"]
         values["ratio"] = values["ar_fd_2"] / values["fd_2"]
@@ -381,6 +385,19 @@ def curves(folders, runs, path):
     print(f"wrote {path}")
 
 
+@torch.no_grad()
+def gains(run):
+    """{alpha: {name of GAINS: value}} of one run, of the AR priors that have been sampled there."""
+    network, found = losses.load_vgg(f"{run}/classifier/ckpt.pt"), {}
+    for alpha, folder in alphas(run).items():
+        priors = [prior for prior in AR_PRIORS if (folder / f"{prior}2.json").exists()]
+        values = {"ar_loss": [lowest(folder / prior)["loss"] for prior in priors]}
+        values |= {f"{name}_2": of for name, of in ar_samples(folder, 2, priors, network).items()}
+        found[alpha] = {name: statistics.mean(of) for name, of in values.items()}
+        found[alpha]["priors"] = len(priors)
+    return found
+
+
 def clutter(runs, path):
     """What alpha 1 gains over alpha 0, phase 2, against the clutter of the pictures: a line a seed,
     and their table."""
@@ -388,7 +405,7 @@ def clutter(runs, path):
     found = []  # (clutter, run, seed, figures)
     for run in runs:
         seed = read(f"{run}/about.json")["command"].split()[0].removeprefix("DEMO_SEED=")
-        found.append((float((spec(run) + "=1").split("=")[1]), run, seed, measure(run)))
+        found.append((float((spec(run) + "=1").split("=")[1]), run, seed, gains(run)))
     found = sorted(found, key=lambda item: item[:2])
     seeds = {}  # seed: [(clutter, figures)]
     for amount, _, seed, figures in found:
@@ -397,17 +414,18 @@ def clutter(runs, path):
     for axis, (name, text, sign) in zip(axes, GAINS):
         axis.axhline(0, color="grey", linewidth=0.8)
         for seed, points in seeds.items():
-            gains = [sign * (f[1.0][name] - f[0.0][name]) for _, f in points]
-            axis.plot([amount for amount, _ in points], gains, "o-", label=f"seed {seed}")
+            rises = [sign * (f[1.0][name] - f[0.0][name]) for _, f in points]
+            axis.plot([amount for amount, _ in points], rises, "o-", label=f"seed {seed}")
         axis.set(title=text, xlabel="clutter")
     axes[0].set(ylabel="gain of alpha 1 over alpha 0")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    lines = ["| clutter | seed | parts explain, % | " + " | ".join(t for _, t, _ in GAINS) + " |",
-             "|---" * (3 + len(GAINS)) + "|"]
-    for amount, _, seed, f in found:
-        cells = (f"{f[0.0][name]:.3g}, {f[1.0][name]:.3g}" for name, _, _ in GAINS)
-        lines.append(f"| {amount:g} | {seed} | {f[1.0]['explained']:.0f} | {' | '.join(cells)} |")
+    lines = ["| clutter | seed | AR priors | parts explain, % | "
+             + " | ".join(text for _, text, _ in GAINS) + " |", "|---" * (4 + len(GAINS)) + "|"]
+    for amount, run, seed, f in found:
+        cells = [f"{amount:g}", seed, str(f[1.0]["priors"]), f"{100 * explained(spec(run)):.0f}"]
+        cells += [f"{f[0.0][name]:.4g}, {f[1.0][name]:.4g}" for name, _, _ in GAINS]
+        lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines) + f"\nwrote {path}")
 
 
