@@ -16,7 +16,7 @@ if [ "${SMALL:-}" ]; then
   train="--image_size 32 --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 --batch_size 16
          --device cpu --no-compile" demo="DEMO_STEPS=20 DEMO_SAMPLES=60"
 else
-  bench="--size paper" batches="32 96 64 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_STEPS=20000"
+  bench="--size paper" batches="32 96 64 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_CLUTTER=1 DEMO_STEPS=20000"
 fi
 train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_ramp 0"
 

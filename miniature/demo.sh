@@ -4,16 +4,16 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_CLUTTER=0 bash miniature/demo.sh                # plain pictures, with little to leave out; 1 is the default
-#     DEMO_STEPS=2000 DEMO_PRIORS=4000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # the lengths of docs/miniature.md
+#     DEMO_CLUTTER=0 bash miniature/demo.sh                # plain pictures; 1: any light, and confetti all over
+#     DEMO_CLUTTER=1 DEMO_STEPS=2000 DEMO_PRIORS=4000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # as in docs/miniature.md
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
 # Stop it when you like: the same command goes on. Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a
 # million parameters. Each alpha has a core of its own: two processes of one thread are faster than one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
-steps=${DEMO_STEPS:-800}       # of the common start; the other stages follow it
+out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.5}
+steps=${DEMO_STEPS:-700}       # of the common start; the other stages follow it
 priors=${DEMO_PRIORS:-$((steps * 4))}
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time

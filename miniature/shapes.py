@@ -99,7 +99,7 @@ class Shapes:
     one.
 
     clutter in [0, 1]: how much nuisance there is. At 1 a linear regression on the parts explains a
-    seventh of the pixels' variance (a label explains little of a photograph, too), at 0 most."""
+    ninth of the pixels' variance (a label explains little of a photograph, too), at 0 most."""
 
     classes, kinds, splits = PARTS["body"], KINDS, True
     SIZES = {"train": 30_000, "val": 2_000}
