@@ -13,7 +13,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.5}
-steps=${DEMO_STEPS:-700}       # of the common start; the other stages follow it
+steps=${DEMO_STEPS:-600}       # of the common start; the other stages follow it
 priors=${DEMO_PRIORS:-$((steps * 4))}
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
