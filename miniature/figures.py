@@ -402,13 +402,14 @@ def clutter(runs, path):
     """What alpha 1 gains over alpha 0, phase 2, against the clutter of the pictures: a line a seed,
     and their table."""
     from matplotlib import pyplot
-    found = []  # (clutter, run, seed, figures)
+    found = []  # (clutter, seed, figures)
     for run in runs:
         seed = read(f"{run}/about.json")["command"].split()[0].removeprefix("DEMO_SEED=")
-        found.append((float((spec(run) + "=1").split("=")[1]), run, seed, gains(run)))
-    found = sorted(found, key=lambda item: item[:2])
+        found.append((float((spec(run) + "=1").split("=")[1]), seed, gains(run)))
+    found.sort(key=lambda item: item[:2])
+    shares = {amount: explained(f"shapes:clutter={amount}") for amount in {c for c, *_ in found}}
     seeds = {}  # seed: [(clutter, figures)]
-    for amount, _, seed, figures in found:
+    for amount, seed, figures in found:
         seeds.setdefault(seed, []).append((amount, figures))
     figure, axes = pyplot.subplots(1, len(GAINS), figsize=(12, 3), layout="constrained")
     for axis, (name, text, sign) in zip(axes, GAINS):
@@ -422,8 +423,8 @@ def clutter(runs, path):
     figure.savefig(path, dpi=110)
     lines = ["| clutter | seed | AR priors | parts explain, % | "
              + " | ".join(text for _, text, _ in GAINS) + " |", "|---" * (4 + len(GAINS)) + "|"]
-    for amount, run, seed, f in found:
-        cells = [f"{amount:g}", seed, str(f[1.0]["priors"]), f"{100 * explained(spec(run)):.0f}"]
+    for amount, seed, f in found:
+        cells = [f"{amount:g}", seed, str(f[1.0]["priors"]), f"{100 * shares[amount]:.0f}"]
         cells += [f"{f[0.0][name]:.4g}, {f[1.0][name]:.4g}" for name, _, _ in GAINS]
         lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines) + f"\nwrote {path}")
