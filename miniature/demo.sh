@@ -12,7 +12,7 @@
 # million parameters. Each alpha has a core of its own: two processes of one thread are faster than one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.5}
+out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.25}
 steps=${DEMO_STEPS:-600}       # of the common start; the other stages follow it
 priors=${DEMO_PRIORS:-$((steps * 4))}
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures

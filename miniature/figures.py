@@ -146,13 +146,13 @@ def score(images, network):
     return torch.stack(terms).mean().item()
 
 
-def ar_samples(folder, phase, priors, network):
+def ar_samples(folder, phase, network):
     """{name: [value of each prior]} of AR samples: FD, body as asked for in %, inception score."""
-    found = [read(folder / f"{prior}{phase}.json") for prior in priors]
+    found = [read(folder / f"{prior}{phase}.json") for prior in AR_PRIORS]
     return {"ar_fd": [one["FD"] for one in found],
             "ar_body": [100 * one["accuracy"] for one in found],
             "ar_score": [score(drawn(folder, f"{prior}{phase}", None), network)
-                         for prior in priors]}
+                         for prior in AR_PRIORS]}
 
 
 @torch.no_grad()
@@ -179,7 +179,7 @@ def measure(run):
             found = read(folder / f"phase{phase}.json")
             values["fd" + end], values["usage" + end] = found["FD"], 100 * found["usage"]
             values["score" + end] = score(pixels(x_hat), other)
-            for name, pair in ar_samples(folder, phase, AR_PRIORS, other).items():
+            for name, pair in ar_samples(folder, phase, other).items():
                 values[name + end] = sum(pair) / 2
                 values[f"{name}{end}_apart"] = abs(pair[0] - pair[1])
             found = read(folder / f"nar{phase}.json")
@@ -387,14 +387,12 @@ def curves(folders, runs, path):
 
 @torch.no_grad()
 def gains(run):
-    """{alpha: {name of GAINS: value}} of one run, of the AR priors that have been sampled there."""
+    """{alpha: {name of GAINS: value}} of one run, means over its two AR priors."""
     network, found = losses.load_vgg(f"{run}/classifier/ckpt.pt"), {}
     for alpha, folder in alphas(run).items():
-        priors = [prior for prior in AR_PRIORS if (folder / f"{prior}2.json").exists()]
-        values = {"ar_loss": [lowest(folder / prior)["loss"] for prior in priors]}
-        values |= {f"{name}_2": of for name, of in ar_samples(folder, 2, priors, network).items()}
+        values = {"ar_loss": [lowest(folder / prior)["loss"] for prior in AR_PRIORS]}
+        values |= {f"{name}_2": of for name, of in ar_samples(folder, 2, network).items()}
         found[alpha] = {name: statistics.mean(of) for name, of in values.items()}
-        found[alpha]["priors"] = len(priors)
     return found
 
 
@@ -421,10 +419,10 @@ def clutter(runs, path):
     axes[0].set(ylabel="gain of alpha 1 over alpha 0")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    lines = ["| clutter | seed | AR priors | parts explain, % | "
-             + " | ".join(text for _, text, _ in GAINS) + " |", "|---" * (4 + len(GAINS)) + "|"]
+    lines = ["| clutter | seed | parts explain, % | "
+             + " | ".join(text for _, text, _ in GAINS) + " |", "|---" * (3 + len(GAINS)) + "|"]
     for amount, seed, f in found:
-        cells = [f"{amount:g}", seed, str(f[1.0]["priors"]), f"{100 * shares[amount]:.0f}"]
+        cells = [f"{amount:g}", seed, f"{100 * shares[amount]:.0f}"]
         cells += [f"{f[0.0][name]:.4g}, {f[1.0][name]:.4g}" for name, _, _ in GAINS]
         lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines) + f"\nwrote {path}")
