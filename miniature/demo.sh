@@ -4,12 +4,12 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_CLUTTER=0 bash miniature/demo.sh                # plain pictures; 1: any light, and confetti all over
-#     DEMO_CLUTTER=1 DEMO_STEPS=2000 DEMO_PRIORS=4000 DEMO_SAMPLES=2000 bash miniature/demo.sh    # as in docs/miniature.md
+#     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # plain pictures; 1: any light, confetti all over
 #     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
 #
-# Stop it when you like: the same command goes on. Pictures are 32 x 32 (4 x 4 codes, f = 8), networks have about a
-# million parameters. Each alpha has a core of its own: two processes of one thread are faster than one of two.
+# Stop it when you like: the same command goes on. docs/miniature.md has longer runs. Pictures are 32 x 32 (4 x 4 codes,
+# f = 8), networks have about a million parameters. Each alpha has a core of its own: two processes of one thread are
+# faster than one of two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.25}
@@ -19,14 +19,20 @@ samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
-[ -e "$out/about.json" ] || python - "$seed" "$clutter" "$steps" "$priors" "$samples" "$alphas" > "$out/about.json" <<'END'
+command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors DEMO_SAMPLES=$samples"
+command="$command bash miniature/demo.sh"
+python - "$out/about.json" "$command" <<'END'
 import json, os, platform, subprocess, sys, torch
+from pathlib import Path
+path, command = Path(sys.argv[1]), sys.argv[2]
+if path.exists():
+    held = json.loads(path.read_text())["command"]
+    sys.exit(0 if held == command else f"{path.parent} holds another run, {held}: choose another DEMO_OUT")
 commit = subprocess.getoutput("git describe --always --dirty")
 processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
-command = ("DEMO_SEED={} DEMO_CLUTTER={} DEMO_STEPS={} DEMO_PRIORS={} DEMO_SAMPLES={} DEMO_ALPHAS='{}' "
-           "bash miniature/demo.sh").format(*sys.argv[1:])
-print(json.dumps({"command": command, "commit": commit, "processor": processor or platform.processor(), "cores": os.cpu_count(),
-                  "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "torch": torch.__version__}))
+gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+path.write_text(json.dumps({"command": command, "commit": commit, "processor": processor or platform.processor(),
+                            "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}))
 END
 
 # --- how it is run: a stage is a command that is told of signals at once, saves, and ends all after it

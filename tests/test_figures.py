@@ -105,6 +105,9 @@ def test_demo_stops_goes_on_and_ends_with_the_table(tmp_path, script):
 
     done = subprocess.run(start, capture_output=True, **options)
     assert done.returncode == 0, done.stdout + done.stderr
+    options["env"] = env | {"DEMO_CLUTTER": "1"}
+    other = subprocess.run(start, capture_output=True, **options)
+    assert other.returncode == 1 and "DEMO_CLUTTER=0.25" in other.stderr
     assert "bitwise unchanged" in (out / "table.md").read_text()
     measured = json.loads((out / "table.json").read_text())[0]
     assert [*measured["alphas"]] == ["1.0"] and "DEMO_STEPS=8 " in measured["command"]
