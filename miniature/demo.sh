@@ -22,12 +22,13 @@ mkdir -p "$out"
 command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors DEMO_SAMPLES=$samples"
 command="$command bash miniature/demo.sh"
 python - "$out/about.json" "$command" <<'END'
-import json, os, platform, subprocess, sys, torch
+import json, os, platform, subprocess, sys
 from pathlib import Path
 path, command = Path(sys.argv[1]), sys.argv[2]
 if path.exists():
     held = json.loads(path.read_text())["command"]
     sys.exit(0 if held == command else f"{path.parent} holds another run, {held}: choose another DEMO_OUT")
+import torch  # takes seconds, and a run that goes on does not need it
 commit = subprocess.getoutput("git describe --always --dirty")
 processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
