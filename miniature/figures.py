@@ -282,21 +282,26 @@ ABLATIONS = {
 }
 
 
-def ablation_tables(folder):
-    """Tables 1, 5 and 6 as Markdown, beside the paper's figures; rows not run are left out."""
+def ablation_tables(folders):
+    """Tables 1, 5 and 6 as Markdown, beside the paper's figures; in a cell a figure of each folder.
+    Rows not run in all of them are left out."""
     lines = []
     for title, rows in ABLATIONS.items():
         lines += [f"| {title} | L1 | FD of reconstructions | codes used, % | AR loss (H) | "
                   "FD of AR samples | paper: rFID | paper: FID, AR |", "|---|" + "---|" * 7]
         for name, (text, rfid, fid) in rows.items():
-            run = Path(folder) / name
-            if (run / "ar1.json").exists():  # the last of a row's files
-                l1, best = validation(run / "phase1")[-1]["l1"], lowest(run / "ar")
-                rebuilt, drawn = read(run / "phase1.json"), read(run / "ar1.json")
-                lines.append(
-                    f"| {text} | {l1:.3f} | {rebuilt['FD']:.2f} | {100 * rebuilt['usage']:.1f} | "
-                    f"{best['loss']:.2f} ({best['H']:.2f}) | {drawn['FD']:.2f} | {rfid:.2f} | "
-                    f"{fid:.2f} |")
+            runs = [Path(folder) / name for folder in folders]
+            if not all((run / "ar1.json").exists() for run in runs):  # the last of a row's files
+                continue
+            found = []
+            for run in runs:
+                best, rebuilt = lowest(run / "ar"), read(run / "phase1.json")
+                found.append((f"{validation(run / 'phase1')[-1]['l1']:.3f}",
+                              f"{rebuilt['FD']:.2f}", f"{100 * rebuilt['usage']:.1f}",
+                              f"{best['loss']:.2f} ({best['H']:.2f})",
+                              f"{read(run / 'ar1.json')['FD']:.2f}"))
+            cells = " | ".join(map(", ".join, zip(*found)))
+            lines.append(f"| {text} | {cells} | {rfid:.2f} | {fid:.2f} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -380,7 +385,8 @@ def curves(folders, runs, path):
             axes[2].semilogy(list(figures), [values[name] for values in figures.values()],
                              f"C{i}o-", label=None if j else text)
     axes[2].set(title="phase 1: FD against alpha", xlabel="alpha", ylabel="FD")
-    axes[2].legend(fontsize=8)
+    axes[2].margins(y=0.2)  # room for the legend
+    axes[2].legend(fontsize=8, loc="upper center", ncols=3)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
@@ -462,16 +468,16 @@ def main():
     parser.add_argument("runs", nargs="*", help="folders of demo.sh, one a seed")
     parser.add_argument("--clutter", nargs="+", help="folders of demo.sh, of more than one clutter")
     parser.add_argument("--curves", nargs="+", help="folders of one's own runs")
-    parser.add_argument("--ablations", help="folder of ablations.sh")
+    parser.add_argument("--ablations", nargs="+", help="folders of ablations.sh, one a seed")
     parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
-    folders = args.curves or args.clutter or args.runs
-    if not folders and not args.ablations:
+    folders = args.curves or args.clutter or args.runs or args.ablations
+    if not folders:
         parser.error("name some runs")
-    plots = folders and plotting()
+    plots = not args.ablations and plotting()
     if (args.curves or args.clutter) and not plots:
         sys.exit(1)
-    out = Path(args.out or args.ablations or folders[0])
+    out = Path(args.out or folders[0])
     out.mkdir(parents=True, exist_ok=True)
     if args.curves:
         return own_curves(args.curves, out / "curves.png")

@@ -71,11 +71,13 @@ def test_ablation_rows_stand_beside_the_papers(tmp_path):
                 + "\n" for step, l1, loss in rows))
         (tmp_path / name / "phase1.json").write_text('{"FD": 2.5, "usage": 0.5}')
         (tmp_path / name / "ar1.json").write_text('{"FD": 12.5}')
-    text = figures.ablation_tables(tmp_path)
+    text = figures.ablation_tables([tmp_path])
     found = "0.070 | 2.50 | 50.0 | 4.50 (5.50) | 12.50"
     assert f"| entropy | {found} | 3.45 | 16.97 |" in text
     assert f"| no regularisation | {found} | 4.07 | 17.19 |" in text
     assert "K-means" not in text  # was not run
+    text = figures.ablation_tables([tmp_path, tmp_path])  # two seeds
+    assert "| entropy | 0.070, 0.070 | 2.50, 2.50 | 50.0, 50.0 | 4.50 (5.50), 4.50 (5.50)" in text
 
 
 def test_block_and_dilated_attention_connect_all_in_two_steps():
