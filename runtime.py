@@ -122,6 +122,9 @@ def setup(args):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
+        # Some versions of torch prefer cuDNN's attention on an H100. It has had faults where a
+        # length is no multiple of 128, as NAR's 257.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name), compiled
 
 

@@ -16,6 +16,7 @@ The prefix c is the class's embedding, or one learned row without classes. A tra
 
 and `model.eval().generate(64, labels)` draws the codes of 64 images.
 """
+import functools
 import math
 
 import torch
@@ -215,17 +216,23 @@ def repeat(call, n, device):
         return
     # The first calls are real ones: libraries set themselves up, and autocast makes its bf16 copies
     # of the weights, which live as long as the caller's `with autocast`. So must the graph.
-    warm, side = min(n, 3), torch.cuda.Stream()
+    warm, side = min(n, 3), side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warm):
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # recorded, not run
+    with torch.cuda.graph(graph, stream=side):  # recorded, not run
         call()
     for _ in range(n - warm):
         graph.replay()
+
+
+@functools.cache
+def side_stream():
+    """One stream for all batches: cuBLAS keeps 32 MiB for each stream that it has met."""
+    return torch.cuda.Stream()
 
 
 def draw_mask(r, noise):

@@ -80,12 +80,6 @@ class BlockAttention(nn.Module):
         return x + t.permute(back).reshape(b, c, h, w)
 
 
-class Up(nn.Sequential):
-    def __init__(self, c):
-        up = nn.Upsample(scale_factor=2, mode="nearest")
-        super().__init__(up, nn.Conv2d(c, c, 3, padding=1))
-
-
 # --------------------------------------------------------------------------- encoder, decoder
 
 class Encoder(nn.Module):
@@ -130,7 +124,8 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, width in enumerate(reversed(channels)):
             blocks = (4 if i == 0 else 2) + extra_blocks
-            level = [Up(c)] if i else []
+            nearest = nn.Upsample(scale_factor=2)
+            level = [nn.Sequential(nearest, nn.Conv2d(c, c, 3, padding=1))] if i else []
             level += [ResBlock(c if j == 0 else width, width) for j in range(blocks)]
             for _ in range(attention):
                 level += [BlockAttention(width, dilated=False), BlockAttention(width, dilated=True)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What docs/speed.md lacks, measured on a new card: parts in order of worth, the first five in fifteen minutes.
+# What docs/speed.md lacks, measured on a new card: parts in order of worth, the first four in fifteen minutes.
 # A part that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
 #
 #     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: seconds on a CPU, does it run?
@@ -21,7 +21,7 @@ fi
 train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_ramp 0"
 
 part() {  # part NAME SECONDS: run the function NAME with a time limit, its output in NAME.log
-  case " ${PARTS:-phase1 graphs priors phase2 resume naive miniature} " in *" $1 "*) ;; *) return ;; esac
+  case " ${PARTS:-phase1 numbers graphs priors phase2 resume naive miniature} " in *" $1 "*) ;; *) return ;; esac
   [ -e "$out/$1.done" ] && return
   echo "== $1, at most $2 s ($out/$1.log)"
   local began=$SECONDS
@@ -38,6 +38,7 @@ phase1() {  # R1 three ways; images/s at batch 32 and the largest that fits, pea
   done
   ls $out/phase1_*.json
 }
+numbers() { python benchmarks/check.py; }  # does the card compute what a CPU does?
 graphs() {  # a real run: no graph may be compiled after the first validation (look for "Recompiling" behind it)
   TORCH_LOGS=recompiles,graph_breaks python $train --iters $((2 * n)) --eval_every $n --out $out/run
 }
@@ -65,6 +66,7 @@ torch.save({"component": "vgg", "config": small.config, "model": small.state_dic
            else torchvision.models.vgg16().state_dict(), sys.argv[1])
 END
 part phase1 300
+part numbers 240
 part graphs 120
 part priors 180
 part phase2 90

@@ -1,9 +1,11 @@
 """bench.py and first_hour.sh run, at small sizes, and count what they should."""
+import itertools
 import json
 import subprocess
 from types import SimpleNamespace
 
 import bench
+import check
 import pytest
 import torch
 from conftest import ROOT, environment
@@ -42,6 +44,20 @@ def test_every_part_gives_its_rows(args, monkeypatch, script):
 def test_tflop_are_counted_exactly():
     a, b = torch.randn(8, 16), torch.randn(16, 32)
     assert bench.count_tflop(lambda: a @ b) == pytest.approx(2 * 8 * 16 * 32 / 1e12)
+
+
+def test_a_device_that_computes_something_else_is_found_out(args, monkeypatch, script, refused):
+    monkeypatch.setattr(check, "CHANNELS", (16, 16))
+    monkeypatch.setattr(check, "DISC_CHANNELS", (8, 8))
+    monkeypatch.setattr(check, "SIDE", 16)
+    script("check", "--device", "cpu")
+    to, calls = torch.nn.Module.to, itertools.count()
+
+    def another(self, *where, **more):  # each copy's first weight is off by another per cent
+        next(self.parameters()).data.mul_(1 + 0.01 * next(calls))
+        return to(self, *where, **more)
+    monkeypatch.setattr(torch.nn.Module, "to", another)
+    assert "AR prior, fp32, eager" in refused("check", "--device", "cpu")
 
 
 def test_the_first_hour_runs_and_keeps_its_parts(tmp_path):

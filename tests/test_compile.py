@@ -58,8 +58,8 @@ def test_no_step_of_a_prior_is_compiled_after_the_first_validation(
         script, tokenizer, tmp_path, compiled, kind):
     words = [*PRIOR, "--tokenizer", tokenizer, *LONG, "--kind", kind]
     script("train_prior", *words, "--out", tmp_path / "run")
-    # encoding: 32, 24 and 6 images; training: 8; validation: 64 and 6
-    assert compiled == [0] * 6
+    # encoding: 32 images; training: 8; validation: 64. Smaller last batches run uncompiled.
+    assert compiled == [0] * 3
 
 
 def test_a_compiled_discriminator_has_the_same_gradients():

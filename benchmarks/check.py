@@ -1,0 +1,137 @@
+"""Does this device compute what a CPU computes? Outputs and gradients, beside eager fp32 on a CPU.
+
+    python benchmarks/check.py            # a few minutes, most of them compile
+
+The networks have the paper's widths, small inputs and random weights. For each way of running one
+it prints the largest relative error, and of what. The sampler's CUDA graph has to draw exactly what
+a plain loop draws. Ends with an error if something is off.
+"""
+import argparse
+import copy
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import losses  # noqa: E402
+import runtime  # noqa: E402
+import transformer  # noqa: E402
+import vq  # noqa: E402
+
+CHANNELS, DISC_CHANNELS, SIDE = (128, 256, 512), (128, 512), 32
+# bf16 has 8 bits and rounds at every layer: on a CPU 0.3 in a bias of the discriminator, else 0.1.
+LIMITS = {"fp32": 1e-3, "bf16": 0.5}
+
+
+def networks():
+    """{name: (network, input, what to call)}. call(network, input) -> a tensor."""
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, SIDE, SIDE) * 2 - 1
+    model = vq.VQModel(CHANNELS, attention=1)
+    for part in model.modules():
+        if isinstance(part, vq.BlockAttention):  # begins at zero, which would hide all before it
+            torch.nn.init.normal_(part.out.weight, std=0.02)
+    disc = losses.Discriminator(SIDE, DISC_CHANNELS)
+    codes, labels = torch.randint(1024, (4, 256)), torch.arange(4)
+    ar, nar = (transformer.Transformer(kind, "tiny", classes=4) for kind in ("ar", "nar"))
+
+    def plain(net, x):
+        return net(x)
+
+    def features(net, x):
+        return torch.cat([f.flatten(1) for f in net(x, losses.LAYERS).values()], 1)
+
+    def with_labels(net, s):
+        return net(s, labels.to(s.device))
+
+    def r1(net, x):
+        with runtime.tf32():
+            return losses.r1_penalty(net.forward, x)
+
+    return {"encoder": (model.encoder, x, plain),
+            "decoder with attention": (model.decoder, model.encoder(x).detach(), plain),
+            "VGG16": (losses.VGG16().requires_grad_(False), x, features),
+            "discriminator": (disc, x, plain), "R1": (disc, x, r1),
+            "AR prior": (ar, codes, with_labels), "NAR prior": (nar, codes, with_labels)}
+
+
+def outcome(net, x, call, device, dtype="fp32", compiled=False):
+    """The output of call(net, x), and the gradients of a weighted sum of it, on a device: {name:
+    float64 tensor on the CPU}."""
+    net = copy.deepcopy(net).to(device, memory_format=torch.channels_last).eval()  # no dropout
+    torch._dynamo.reset()
+    if compiled:
+        net.compile(dynamic=False)
+    x = x.to(device)
+    if x.is_floating_point():
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with runtime.autocast(device, dtype):
+        out = call(net, x)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    (out.float() * weights.to(device)).sum().backward()
+    found = {name: p.grad for name, p in net.named_parameters()} | {"input": x.grad, "output": out}
+    return {name: t.detach().cpu().double() for name, t in found.items() if t is not None}
+
+
+def largest_error(found, reference):
+    """The largest |a - b| / |b| of all tensors, and the name of that one. Gradients that are zero
+    but for rounding (a key's bias) are compared with the largest of all."""
+    unit = 1e-3 * max(b.norm() for name, b in reference.items() if name != "output")
+    errors = {}
+    for name, b in reference.items():
+        error = (found[name] - b).norm() / (b.norm() + unit)
+        errors[name] = error.nan_to_num(nan=torch.inf).item()
+    worst = max(errors, key=errors.get)
+    return errors[worst], worst
+
+
+@torch.no_grad()
+def graph_equals_loop(device):
+    """The share of codes that the sampler and a plain loop have in common, without chance."""
+    torch.manual_seed(0)
+    prior = transformer.Transformer("ar", "tiny", classes=4).eval().to(device)
+    labels, drawn = torch.arange(8, device=device) % 4, []
+
+    def loop(call, n, _):
+        for _ in range(n):
+            call()
+
+    for repeat in (transformer.repeat, loop):
+        with mock.patch.object(transformer, "repeat", repeat), runtime.autocast(device, "auto"):
+            drawn.append(prior.generate(8, labels, top_k=1))
+    return (drawn[0] == drawn[1]).float().mean().item()
+
+
+def main():
+    parser = runtime.parser(__doc__)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="default: on a GPU")
+    runtime.add_device_flags(parser.add_argument)
+    device, compile_too = runtime.setup(parser.parse_args())
+    failed = []
+
+    def report(name, how, value, right, note=""):
+        failed.extend([] if right else [f"{name}, {how}"])
+        print(f"{name:24} {how:16} {value:9.1e} {'' if right else 'WRONG '}{note}", flush=True)
+
+    share = graph_equals_loop(device)
+    report("AR sampler", "graph and loop", share, share == 1, "of the codes are equal")
+    cases = networks()
+    references = {name: outcome(*case, torch.device("cpu")) for name, case in cases.items()}
+    for compiled in (False, True) if compile_too else (False,):
+        for name, case in cases.items():
+            for dtype, limit in LIMITS.items():
+                found = outcome(*case, device, dtype, compiled)
+                error, worst = largest_error(found, references[name])
+                limit = LIMITS["bf16"] if name == "R1" else limit  # TF32
+                how = f"{dtype}, {'compiled' if compiled else 'eager'}"
+                report(name, how, error, error <= limit, worst)
+    if failed:
+        raise SystemExit(f"not as on a CPU: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    runtime.launch(main)
