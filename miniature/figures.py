@@ -385,8 +385,7 @@ def curves(folders, runs, path):
             axes[2].semilogy(list(figures), [values[name] for values in figures.values()],
                              f"C{i}o-", label=None if j else text)
     axes[2].set(title="phase 1: FD against alpha", xlabel="alpha", ylabel="FD")
-    axes[2].margins(y=0.2)  # room for the legend
-    axes[2].legend(fontsize=8, loc="upper center", ncols=3)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 

@@ -76,8 +76,8 @@ def test_the_loss_in_five_lines_runs(vgg):
 
 
 def test_a_tokenizer_in_ones_own_script(tmp_path, monkeypatch):
-    """README's lines as they stand: one's own picture, its codes and back, eight samples."""
-    code = next(block for block in FENCE.findall(README) if "load_prior" in block)
+    """The lines as they stand: one's own picture, its codes and back, eight samples."""
+    code = next(block for block in FENCE.findall(PAGES["forking.md"]) if "load_prior" in block)
     (tmp_path / "miniature").symlink_to(ROOT / "miniature")
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (90, 60), "red").save("picture.png")
