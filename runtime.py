@@ -352,12 +352,12 @@ def autocast(device, dtype):
 
 @contextlib.contextmanager
 def evaluating(model, device, dtype, eager=False):
-    """Eval mode, no gradient, autocast; then training mode again. eager: no graph is compiled."""
-    stance = "force_eager" if eager else "default"
+    """Eval mode, no gradient, autocast; then the mode before. eager: no graph is compiled."""
+    stance, training = "force_eager" if eager else "default", model.training
     model.eval()
     with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance(stance):
         yield
-    model.train()
+    model.train(training)
 
 
 @contextlib.contextmanager

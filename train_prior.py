@@ -117,9 +117,8 @@ def encode_dataset(folder, source, model, crop, views, args, device):
         unreadable.note(reasons)
         if sentence := unreadable.too_many():
             raise SystemExit(sentence)
-        stance = "default" if len(images) == 32 else "force_eager"  # no graph for a last batch
-        # fp32: in bf16 one code in a hundred is another
-        with torch.no_grad(), torch.compiler.set_stance(stance):
+        # fp32: in bf16 one code in a hundred is another. No graph for a smaller last batch.
+        with runtime.evaluating(model, device, "fp32", eager=len(images) != 32):
             indices = model.encode(data.to_float(images, device))[1].flatten(1)
         labels[rows.start:rows.stop] = y.numpy()
         codes[rows.start:rows.stop] = indices.cpu().numpy()

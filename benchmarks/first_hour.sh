@@ -2,7 +2,7 @@
 # What docs/speed.md lacks, measured on a new card: parts in order of worth, the first four in fifteen minutes.
 # A part that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
 #
-#     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: seconds on a CPU, does it run?
+#     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: minutes on a CPU, does it run?
 #     PARTS="phase1 resume" bash benchmarks/first_hour.sh
 #
 # Nothing is downloaded: VGG16 has random weights, images are drawn. Compiling takes minutes of a part's time.

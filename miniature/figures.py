@@ -470,13 +470,13 @@ def main():
     parser.add_argument("--ablations", nargs="+", help="folders of ablations.sh, one a seed")
     parser.add_argument("--out", help="where tables and pictures go; default: the first folder")
     args = parser.parse_args()
-    folders = args.curves or args.clutter or args.runs or args.ablations
-    if not folders:
+    folders = args.curves or args.clutter or args.runs
+    if not folders and not args.ablations:
         parser.error("name some runs")
-    plots = not args.ablations and plotting()
+    plots = folders and plotting()
     if (args.curves or args.clutter) and not plots:
         sys.exit(1)
-    out = Path(args.out or folders[0])
+    out = Path(args.out or (args.ablations or folders)[0])
     out.mkdir(parents=True, exist_ok=True)
     if args.curves:
         return own_curves(args.curves, out / "curves.png")
