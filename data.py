@@ -1,27 +1,26 @@
 """Images: where they come from, how they are cropped, and in which order they are seen.
 
     python data.py --data photos                                      # check it, write preview.png
-    python data.py --data imagenet/val --out val256 --count 50000     # processed copies as PNG
+    python data.py --data imagenet/val --out val256 --count 50000     # export cropped PNG files
 
-A source has len(source), classes (names of the labels, empty if there are none), splits (whether
-it has a validation part of its own), name(i), signature() (a hash of what is in it) and load(i,
-size, fast): a PIL image in RGB and its label. `size` is the side to be shown, which drawn pictures
-are drawn at; `fast` lets a photograph be decoded at a fraction that is still that large.
+A source is a Dataset with
+    len(source)         number of images
+    classes             names of the labels; empty if there are none
+    name(i)             name of image i, unique; a hash of it decides whether i is held out
+    load(i, size)       a PIL RGB image and its label. A large JPEG may be decoded at a fraction of
+                        its size, but not below twice `size`; 0: at full size
+    has_splits          whether it has a validation split of its own; default: no
 
-Order: sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped
-and flipped by a generator seeded with (seed, n). So a batch depends on seed, step and position
-alone, not on processes or workers, and to resume is to start at another step.
+Sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped and
+flipped by a generator seeded with (seed, n). A batch is therefore a function of seed and step
+only, whatever the number of processes and workers, and resuming means starting at another step.
 """
 import collections
 import contextlib
 import hashlib
-import inspect
 import io
 import itertools
-import multiprocessing.util
 import os
-import re
-import shutil
 import zipfile
 import zlib
 from functools import partial
@@ -29,137 +28,112 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets
 from torchvision.utils import make_grid
 
 import runtime
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-# By content, whatever the name says. Not all that PIL knows: it would have Ghostscript run a
-# PostScript "photo.jpg".
+# Detected by content. A whitelist: PIL would run Ghostscript on a PostScript file named photo.jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MAX_PIXELS = 250_000_000  # a larger image is unreadable: decoded, it would take a gigabyte
-Image.MAX_IMAGE_PIXELS = None  # PIL's own limit, a third of that
-PREFETCH = 4  # batches that each worker keeps ready
-MAX_BAD = 0.01  # a larger share of unreadable images ends a run
-HELD_OUT = 20  # one image in so many is held out for validation
-ORDER, ROWS = 1, 2  # random streams of an epoch: order of images, rows of a code cache
+Image.MAX_IMAGE_PIXELS = 125_000_000  # PIL rejects an image of more than twice as many
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # not classes
+HELD_OUT = 20  # without --val, 1 image in 20 is held out for validation
 
 
 # ----------------------------------------------------------------------------------- sources
 
-def open_source(spec, split="train", hold_out=False):
-    """The source that --data or --val names. split "train" or "val": which of its own parts, where
-    it has any; with hold_out of any other source the part for training or the one held out."""
+def open_source(spec, split="train", hold_out=False, classes=None):
+    """The source that --data or --val names. split: "train" or "val", of a data set with splits;
+    with hold_out also of any other, 1 image in 20 being held out. classes: number the labels as
+    another source does."""
     kind, _, name = spec.partition(":")
     if kind == "shapes":
         from miniature.shapes import Shapes
-        clutter = name.removeprefix("clutter=") or "1"
-        if not re.fullmatch(r"[01]\.?0*|0?\.\d+", clutter):
-            raise SystemExit(f"{spec}: clutter is a number in [0, 1], as in shapes:clutter=0.5")
-        return Shapes(split, float(clutter))
-    if kind == "torchvision":
+        source = Shapes(split, float(name.removeprefix("clutter=") or 1))
+    elif kind == "torchvision":
         source = Torchvision(name, split)
     elif kind == "lsun":
         source = Lsun(name)
+    elif spec.endswith(".npz"):
+        source = Samples(spec)
     else:
-        source = Samples(spec) if spec.endswith(".npz") else Folder(spec)
+        source = Folder(spec, classes)
+    if hold_out and not hasattr(source, "has_splits"):
+        names = (os.fsencode(source.name(i)) for i in range(len(source)))
+        held_out = np.array([zlib.crc32(name) % HELD_OUT == 0 for name in names])
+        source = Part(source, np.flatnonzero(held_out == (split == "val")))
     if not len(source):
-        raise SystemExit(f"{spec} holds no images")
-    return Part(source, split) if hold_out and not source.splits else source
+        raise SystemExit(f"{spec}: no images" + " to hold out, pass --val" * hold_out)
+    return source
+
+
+def is_training_data(spec, args):
+    """Whether `spec` is the data set that a tokenizer with these flags holds images out of."""
+    return not args["val"] and os.path.realpath(spec) == os.path.realpath(args["data"])
 
 
 def open_data(args, labels=False):
-    """--data and --val -> training source, validation source. labels: whether they are used; then
-    both number their classes alike."""
+    """Training and validation source. labels: both must number their classes alike."""
     if not args.data:
+        runtime.print0("warning: no --data given, training on the built-in drawings")
         args.data = "shapes"
-        if runtime.is_main():
-            print("NO --data: TRAINING ON DRAWN PICTURES (shapes); real images: --data FOLDER, "
-                  "torchvision:NAME or lsun:PATH", flush=True)
-    source = open_source(args.data, "train")
-    if args.val or source.splits:
-        val = open_source(args.val or args.data, "val")
-    else:
-        source, val = Part(source, "train"), Part(source, "val")
-    if labels:
-        number_alike(source, val, args.val)
-    found = f"{len(source)} images for training ({source.signature()}), {len(val)} for validation"
-    if runtime.is_main():
-        print(f"{args.data}: {found}", flush=True)
-        if args.data_found not in ("", found):
-            print(f"THE DATA HAVE CHANGED since the run was stopped: {args.data_found}", flush=True)
-    args.data_found = found
-    return source, val
-
-
-def number_alike(source, val, spec):
-    """The classes of `val`, all or some of those of `source`, get the numbers that they have there,
-    by name."""
-    if not source.classes or list(val.classes) == list(source.classes):
-        return
-    strange = [name for name in val.classes if name not in source.classes]
-    if strange or not val.classes or not isinstance(val, Folder):
-        raise SystemExit(f"--val {spec} has {', '.join(strange[:3]) or 'no'} classes, which are "
-                         f"not those of --data: its class folders must have the same names "
-                         f"(a prior that uses none: --classes 0)")
-    if runtime.is_main():
-        print(f"--val {spec} has {len(val.classes)} of {len(source.classes)} classes", flush=True)
-    val.labels = np.array([source.classes.index(name) for name in val.classes])[val.labels]
-    val.classes = source.classes
+    source = open_source(args.data, "train", hold_out=not args.val)
+    held_out = open_source(args.val or args.data, "val", not args.val, labels and source.classes)
+    if labels and source.classes and list(held_out.classes) != list(source.classes):
+        raise SystemExit(f"--val {args.val} needs the class folders of --data (a prior without "
+                         f"classes: --classes 0)")
+    runtime.print0(f"{args.data}: {len(source)} training images, {len(held_out)} for validation")
+    names = ", ".join(source.classes[:5]) + ", ..." * (len(source.classes) > 5)
+    runtime.print0(f"{len(source.classes)} classes{names and ': ' + names}")
+    return source, held_out
 
 
 class Part(Subset):
-    """The part of a source for training, or the twentieth that is held out for validation. Which
-    one an image is in follows from its name: other images come and go without moving it."""
+    """A Subset that is a source."""
 
-    def __init__(self, source, split):
-        names = (os.fsencode(source.name(i)) for i in range(len(source)))
-        held = np.array([zlib.crc32(name) % HELD_OUT == 0 for name in names])
-        super().__init__(source, np.flatnonzero(held == (split == "val")))
-        if not len(self):
-            raise SystemExit("there are too few images to hold some out: give --val")
-        self.classes, self.split = source.classes, split
+    def __init__(self, source, indices):
+        super().__init__(source, indices)
+        self.classes = source.classes
 
     def name(self, i):
         return self.dataset.name(int(self.indices[i]))
 
-    def load(self, i, size=0, fast=False):
-        return self.dataset.load(int(self.indices[i]), size, fast)
-
-    def signature(self):
-        return f"{self.dataset.signature()} {self.split}"
+    def load(self, i, size=0):
+        return self.dataset.load(int(self.indices[i]), size)
 
 
 class Folder(Dataset):
-    """A folder of class folders (labels in alphabetical order, any depth below), or a flat one."""
+    """A folder of class folders (images at any depth below), or a flat folder without labels.
+    Labels follow the alphabetical order of the class folders, or `classes` if given."""
 
-    splits = False
-
-    def __init__(self, root):
+    def __init__(self, root, classes=None):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise SystemExit(f"{root}: no such folder; --data takes a folder of images, "
-                             f"an .npz of samples, torchvision:NAME, lsun:PATH or shapes")
-        names = sorted(files_below(self.root))
-        images = [name for name in names if name.lower().endswith(EXTENSIONS)]
-        others = {Path(name).suffix.lower() for name in {*names} - {*images}}
-        if others and runtime.is_main():
-            print(f"note: {len(names) - len(images)} files in {root} are left out, no images by "
-                  f"name ({' '.join(sorted(others)[:8])})", flush=True)
+            raise SystemExit(f"{root}: no such folder")
+        files = sorted(list_files(root))
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        if len(images) < len(files):
+            runtime.print0(f"note: skipping {len(files) - len(images)} files of {root} without an "
+                           f"image extension")
         folders = [name.split(os.sep)[0] if os.sep in name else "" for name in images]
-        self.classes = sorted({*folders} - {""})
-        if self.classes and "" in folders:
-            raise SystemExit(f"{root} holds both images and class folders ({self.classes[0]}, ...)")
-        if {*self.classes} in ({"train", "val"}, {"train", "val", "test"}):
-            raise SystemExit(f"{root} holds {' and '.join(self.classes)}, which are no classes: "
-                             f"--data {self.root / 'train'} --val {self.root / 'val'}")
-        index = {folder: i for i, folder in enumerate(self.classes)}
-        # Arrays, not lists: workers share their memory, reference counts would copy it.
+        found = sorted({*folders} - {""})
+        if found and "" in folders:
+            raise SystemExit(f"{root} holds both images and class folders ({found[0]}, ...)")
+        if len(SPLITS & {name.lower() for name in found}) > 1:
+            raise SystemExit(f"{root} holds {' and '.join(found[:3])}, which are not classes: "
+                             f"--data {self.root / found[0]} --val {self.root / found[-1]}")
+        self.classes = list(classes or found)
+        if strange := {*found} - {*self.classes}:
+            raise SystemExit(f"{root}: --data has no class folder named {min(strange)}")
+        # Arrays stay shared with the workers; reference counts would make them copy a list.
         self.files = np.array([os.fsencode(name) for name in images])
+        index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index.get(folder, 0) for folder in folders])
+        if not found:
+            self.classes = []
 
     def __len__(self):
         return len(self.files)
@@ -167,21 +141,24 @@ class Folder(Dataset):
     def name(self, i):
         return os.fsdecode(self.files[i])
 
-    def load(self, i, size=0, fast=False):
-        return decode(self.root / self.name(i), size if fast else 0), int(self.labels[i])
+    def load(self, i, size=0):
+        return decode(self.root / self.name(i), size), int(self.labels[i])
 
-    def signature(self):
-        # names alone may be 00000.png, 00001.png
-        sizes = [(self.root / self.name(i)).stat().st_size for i in spread(len(self), 1000)]
-        return digest(self.files.tobytes(), self.labels.tobytes(), str(sizes))
+
+def list_files(root):
+    """Names of all files below `root`, relative to it. Follows links, but not in circles; skips
+    hidden files and folders."""
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder) + os.sep
+        subfolders[:] = [name for name in subfolders if name[0] != "." and not here.startswith(
+            os.path.realpath(os.path.join(folder, name)) + os.sep)]
+        yield from (os.path.relpath(os.path.join(folder, name), root)
+                    for name in names if name[0] != ".")
 
 
 class Samples(Dataset):
-    """An npz of samples, ADM's: arr_0 uint8 (N, H, W, 3), labels in arr_1. An uncompressed one is
-    mapped, image by image: np.load would hold all of it in memory, 10 GB for 50,000 of 256 x 256.
-    """
-
-    splits = False
+    """An npz of samples in ADM's layout: arr_0 uint8 (N, H, W, 3), labels in arr_1. An uncompressed
+    one is memory-mapped: 50,000 samples of 256 x 256 take 10 GB."""
 
     def __init__(self, path):
         if not Path(path).exists():
@@ -190,8 +167,8 @@ class Samples(Dataset):
             np.lib.format.read_magic(member)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
             if dtype != np.uint8 or shape[3:] != (3,):
-                raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, but samples are uint8 "
-                                 f"(N, H, W, 3) in 0..255: scale, round and clip them first")
+                raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, samples must be uint8 "
+                                 f"(N, H, W, 3) in 0..255")
             info = arrays.zip.getinfo("arr_0.npy")
             if info.compress_type == zipfile.ZIP_STORED and not fortran:
                 with open(path, "rb") as file:
@@ -202,9 +179,8 @@ class Samples(Dataset):
                 self.array = partial(np.asarray, arrays["arr_0"])
             self.labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(shape[0], int)
             if self.labels.dtype.kind not in "iu":
-                raise SystemExit(f"{path}: the class labels, arr_1, are {self.labels.dtype}, but "
-                                 f"must be integers")
-            # numbers: an npz has no names
+                raise SystemExit(f"{path}: the labels in arr_1 are {self.labels.dtype}, they must "
+                                 f"be integers")
             self.classes = [str(n) for n in range(self.labels.max() + 1) if "arr_1" in arrays]
 
     def __len__(self):
@@ -213,55 +189,30 @@ class Samples(Dataset):
     def name(self, i):
         return f"sample {i}"
 
-    def load(self, i, size=0, fast=False):
+    def load(self, i, size=0):
         return Image.fromarray(self.array()[i]), int(self.labels[i])  # mapped anew in each worker
-
-    def signature(self):
-        some = [self.array()[i].tobytes() for i in spread(len(self), 100)]
-        return digest(self.labels.tobytes(), *some)
-
-
-def files_below(root, folder="", seen=()):
-    """Names of all files below, relative to `root`. Links are followed, but not round in circles;
-    links to nothing and hidden files are left out."""
-    here = os.path.realpath(root / folder)
-    if here in seen:
-        return
-    for entry in os.scandir(here):  # which knows what an entry is; only links need a look
-        name = os.path.join(folder, entry.name)
-        if entry.name.startswith(".") or entry.is_symlink() and not os.path.exists(entry):
-            continue
-        if entry.is_dir():
-            yield from files_below(root, name, (*seen, here))
-        else:
-            yield name
 
 
 class Torchvision(Dataset):
-    """A data set of torchvision.datasets by name, downloaded to data/ the first time. It has labels
-    if it has one an image and names for them."""
+    """A data set of torchvision, downloaded to data/."""
 
-    WORDS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "test")}
+    # The constructor's arguments for each split. Add a line for another data set.
+    SPLITS = {"CIFAR10": ({"train": True}, {"train": False}),
+              "CIFAR100": ({"train": True}, {"train": False}),
+              "Imagenette": ({"split": "train"}, {"split": "val"}),
+              "Flowers102": ({"split": "train"}, {"split": "val"}),
+              "CelebA": ({"split": "train"}, {"split": "valid"})}
+    has_splits = True
 
     def __init__(self, name, split):
-        make = getattr(torchvision.datasets, name, None)
-        flags = inspect.signature(make).parameters if make else {}
-        if "download" not in flags:
-            raise SystemExit(f"torchvision:{name}: torchvision downloads no data set of that name")
-        self.spec, self.splits = f"torchvision:{name}", bool({"train", "split"} & flags.keys())
-
-        def construct():  # a set has `train`, or `split` with one of these words, or neither
-            for word, download in itertools.product(self.WORDS[split], (False, True)):
-                given = dict(root="data", download=download, train=split == "train", split=word)
-                try:
-                    return make(**{key: given[key] for key in given if key in flags})
-                except (ValueError, RuntimeError, OSError) as error:
-                    reason = error
-            raise reason
-
-        self.set = runtime.main_first(construct)
-        named = getattr(self.set, "classes", ()) if isinstance(self.set[0][1], int) else ()
-        self.classes = [c if isinstance(c, str) else c[0] for c in named]  # Imagenette's have many
+        if name not in self.SPLITS:
+            raise SystemExit(f"torchvision:{name}: must be one of {', '.join(self.SPLITS)}")
+        which = self.SPLITS[name][split == "val"]
+        self.set = runtime.main_first(partial(
+            getattr(datasets, name), "data", download=True, **which))
+        # Imagenette has a tuple of synonyms for each class, CelebA no classes.
+        names = getattr(self.set, "classes", [])
+        self.classes = [name if isinstance(name, str) else name[0] for name in names]
 
     def __len__(self):
         return len(self.set)
@@ -269,29 +220,25 @@ class Torchvision(Dataset):
     def name(self, i):
         return f"image {i}"
 
-    def load(self, i, size=0, fast=False):
-        image, label = self.set[i][:2]
+    def load(self, i, size=0):
+        image, label = self.set[i]
         return image.convert("RGB"), label if self.classes else 0
-
-    def signature(self):
-        some = [self.load(i)[0].tobytes() for i in spread(len(self), 16)]
-        return digest(f"{self.spec} {len(self)}", *some)
 
 
 class Lsun(Dataset):
-    """An LSUN lmdb: key -> bytes of a JPEG or WebP. It is opened anew for each read (0.1 ms), since
-    an open one must not cross into a worker; so it is not torchvision's reader."""
+    """An LSUN lmdb: key -> bytes of a JPEG or WebP. It is opened for each read (0.1 ms): an open
+    one must not be shared with a worker."""
 
-    classes, splits = (), False
+    classes = ()
 
     def __init__(self, path):
         self.path = path
         if not Path(path).exists():
             raise SystemExit(f"lsun:{path}: no such folder")
-        with self.read() as transaction:
+        with self.transaction() as transaction:
             self.keys = np.array(list(transaction.cursor().iternext(values=False)))
 
-    def read(self):
+    def transaction(self):
         import lmdb
         env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
         return env.begin()
@@ -302,74 +249,70 @@ class Lsun(Dataset):
     def name(self, i):
         return os.fsdecode(self.keys[i])
 
-    def load(self, i, size=0, fast=False):
-        with self.read() as transaction:
-            file = io.BytesIO(transaction.get(bytes(self.keys[i])))
-            return decode(file, size if fast else 0), 0
-
-    def signature(self):
-        return digest(self.keys.tobytes())
+    def load(self, i, size=0):
+        with self.transaction() as transaction:
+            return decode(io.BytesIO(transaction.get(bytes(self.keys[i]))), size), 0
 
 
-def digest(*parts):
-    """A short hash of bytes and strings."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.encode() if isinstance(part, str) else part)
-    return found.hexdigest()[:16]
+def content_hash(source):
+    """A short hash of the names and labels of a source, and of 100 of its images."""
+    digest = hashlib.sha256(repr([source.name(i) for i in range(len(source))]).encode())
+    for i in evenly_spaced(len(source), 100):
+        with contextlib.suppress(Exception):  # an unreadable image
+            image, label = source.load(i, 32)
+            digest.update(np.asarray(image).tobytes() + str(label).encode())
+    return digest.hexdigest()[:16]
 
 
-def decode(file, at_least=0):
-    """A PIL image in RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8. A
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size where both sides stay >= at_least > 0, which
-    saves most of the work."""
+def decode(file, size=0):
+    """A PIL RGB image: EXIF rotation applied, transparency over white, 16 bits scaled to 8. With
+    size > 0 a JPEG is decoded at 1/2, 1/4 or 1/8 if both sides stay >= 2 * size."""
     image = Image.open(file, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-    if at_least:
-        image.draft(None, (at_least, at_least))
+    if size:
+        image.draft(None, (2 * size, 2 * size))
     image.load()
-    with contextlib.suppress(Exception):  # of a broken EXIF block: the pixels are there
+    with contextlib.suppress(Exception):  # a broken EXIF block
         ImageOps.exif_transpose(image, in_place=True)
     if image.format == "PPM" and image.mode == "I":  # PIL scales its white to 65535
         image = image.convert("I;16")
     if image.mode in ("F", "I"):
-        raise ValueError(f"mode {image.mode}: nobody knows which value is white")
-    if image.mode.startswith("I"):  # 16 bits a pixel
+        raise ValueError(f"mode {image.mode}: unknown white level")
+    if image.mode.startswith("I"):  # 16 bits per pixel
         image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 # ----------------------------------------------------------------------------- crops and order
 
-def square(image, size, x, y, side):
+def crop_resize(image, size, x, y, side):
     """The square of a PIL image at (x, y), resized -> uint8 (size, size, 3)."""
     box = (x, y, x + side, y + side)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def center(image, size):
-    """The validation transform: shorter side to `size`, centre crop."""
+def center_crop(image, size):
+    """The validation transform: shorter side to `size`, center crop."""
     side = min(image.size)
-    return square(image, size, (image.width - side) / 2, (image.height - side) / 2, side)
+    return crop_resize(image, size, (image.width - side) / 2, (image.height - side) / 2, side)
 
 
 def augment(image, size, crop, rng):
-    """The training transforms, -> uint8 (size, size, 3). Paper: silent; RQ-VAE's for LSUN.
+    """The training transforms -> uint8 (size, size, 3). The paper does not specify them; these are
+    RQ-VAE's, whose protocol it follows on LSUN.
 
     random  (ImageNet): shorter side to `size`, random crop, flip.
     resized (FFHQ):     a square of 0.75 to 1 of the area, resized, flip.
-    center  (LSUN):     shorter side to `size`, centre crop."""
+    center  (LSUN):     shorter side to `size`, center crop."""
     if crop == "center":
-        return center(image, size)
+        return center_crop(image, size)
     side = min(image.size)
     if crop == "resized":
         side = round(side * np.sqrt(rng.uniform(0.75, 1)))
     x, y = (round(rng.uniform(0, length - side)) for length in image.size)
-    pixels = square(image, size, x, y, side)
+    pixels = crop_resize(image, size, x, y, side)
     return pixels[:, ::-1] if rng.uniform() < 0.5 else pixels
 
 
@@ -378,9 +321,28 @@ def to_tensor(array):
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
+class NothingReadable(RuntimeError):
+    """A thousand images in succession, or all, can't be read."""
+
+
+reported = set()  # unreadable images that this process has reported
+
+
+def load_readable(source, i, size):
+    """Image i and its label. If it is unreadable, it is reported once and the next one is taken."""
+    for j in itertools.islice(itertools.chain(range(i, len(source)), range(i)), 1000):
+        try:
+            return source.load(j, size)
+        except Exception as error:  # PIL raises nearly anything on bad files
+            if source.name(j) not in reported and len(reported) < 100:
+                reason = f"{type(error).__name__}: {error}"
+                print(f"skipped {source.name(j)!r} ({reason})", flush=True)
+                reported.add(source.name(j))
+    raise NothingReadable(f"no image can be read from {source.name(i)!r} on")
+
+
 class TrainImages(Dataset):
-    """Item n of the endless training stream: (uint8 (3, S, S), label, ""). For an unreadable image
-    the next readable one, with the name and the reason last."""
+    """Item n of the endless training stream: uint8 (3, S, S), label."""
 
     def __init__(self, source, size, crop, seed):
         self.source, self.size, self.crop, self.seed = source, size, crop, seed
@@ -389,42 +351,31 @@ class TrainImages(Dataset):
     def __getitem__(self, n):
         epoch, j = divmod(n, len(self.source))
         if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch, ORDER])
+            rng = np.random.default_rng([self.seed, epoch, 1])
             self.epoch, self.order = epoch, rng.permutation(len(self.source))
         return self.view(int(self.order[j]), n)
 
     def view(self, index, n):
         """Image `index`, cropped and flipped by the generator of (seed, n)."""
-        rng, bad = np.random.default_rng([self.seed, n]), ""
-        # `resized` cuts out a part: decode a little larger, so that it still has `size` pixels
-        size = int(np.ceil(self.size / np.sqrt(0.75))) if self.crop == "resized" else self.size
-        for i in itertools.chain(range(index, len(self.source)), range(index)):
-            try:
-                image, label = self.source.load(i, size, fast=True)
-            except Exception as error:  # PIL raises nearly anything on bad files
-                bad = bad or f"{self.source.name(i)!r} ({type(error).__name__}: {error})"
-                continue
-            return to_tensor(augment(image, self.size, self.crop, rng)), label, bad
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
+        image, label = load_readable(self.source, index, self.size)
+        rng = np.random.default_rng([self.seed, n])
+        return to_tensor(augment(image, self.size, self.crop, rng)), label
 
 
 class EvalImages(Dataset):
-    """Image i under the validation transform (size 0: as it is): (uint8 (3, S, S), label, ""), or
-    black, 0, reason."""
+    """Image i under the validation transform (size 0: as it is): uint8 (3, S, S), label. strict:
+    an unreadable image is an error, as a metric needs it."""
 
-    def __init__(self, source, size):
+    def __init__(self, source, size, strict=False):
         self.source, self.size = source, size
+        self.load = source.load if strict else partial(load_readable, source)
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
-        try:
-            image, label = self.source.load(i, self.size)
-        except Exception as error:
-            bad = f"{self.source.name(i)!r} ({type(error).__name__}: {error})"
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
-        return to_tensor(center(image, self.size) if self.size else np.asarray(image)), label, ""
+        image, label = self.load(i, self.size)
+        return to_tensor(center_crop(image, self.size) if self.size else np.asarray(image)), label
 
 
 def to_float(images, device):
@@ -434,7 +385,7 @@ def to_float(images, device):
 
 
 def to_uint8(images):
-    """Float (B, 3, S, S) in [-1, 1], or a little outside -> uint8 of the same shape."""
+    """Float (B, 3, S, S) in about [-1, 1] -> uint8 of the same shape."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -442,129 +393,116 @@ def to_uint8(images):
 
 def loader(dataset, batches, workers, device):
     """A DataLoader over given batches of indices."""
-    workers = min(workers, os.cpu_count())
-    multiprocessing.util.Finalize(None, runtime.end_workers, exitpriority=0)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers,
-                      worker_init_fn=runtime.in_worker, pin_memory=device.type == "cuda",
-                      prefetch_factor=PREFETCH if workers else None)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=min(workers, os.cpu_count()),
+                      worker_init_fn=runtime.ignore_signals, pin_memory=device.type == "cuda")
 
 
-def check_shared_memory(workers, batch_bytes):
-    """Workers hand batches over in /dev/shm. In a container it is small, and where it is full a
-    worker dies and the run may hang."""
-    workers = min(workers, os.cpu_count()) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = workers * PREFETCH * batch_bytes
-    if needed and os.path.isdir("/dev/shm") and needed > shutil.disk_usage("/dev/shm").free:
-        raise SystemExit(f"/dev/shm is too small for what {workers} data workers hold, "
-                         f"{needed >> 20} MiB: lower --workers, or start the container with "
-                         f"--ipc=host or --shm-size={needed // 2 ** 30 + 1}g")
+def micro_batch_indices(args, step, a):
+    """Positions in the training stream of micro-batch a of `step` in this process."""
+    b = runtime.micro_batch_size(args)
+    first = step * args.batch_size + (a * runtime.world_size() + runtime.rank()) * b
+    return range(first, first + b)
+
+
+def until_unreadable(batches, run):
+    """Yields the batches. If no image can be read any more it ends, and asks the run to stop."""
+    try:
+        yield from batches
+    except NothingReadable as error:  # a worker adds its traceback
+        run.error = str(error).rpartition("NothingReadable: ")[2].strip()
 
 
 def train_loader(dataset, args, start, device):
-    """Micro-batches of this process, from step `start` to args.iters, args.accum of them a step."""
-    check_shared_memory(args.workers, runtime.micro_batch(args) * 3 * dataset.size ** 2)
-    runtime.barrier()  # all have looked before one takes some of it
-    batches = (positions(args, step, a)
+    """Micro-batches of this process from step `start` on, args.accum of them per step."""
+    batches = (micro_batch_indices(args, step, a)
                for step in range(start, args.iters) for a in range(args.accum))
     return loader(dataset, batches, args.workers, device)
 
 
-def positions(args, step, a):
-    """Positions in the endless stream of images that micro-batch a of a step has in this process.
-    """
-    b = runtime.micro_batch(args)
-    first = step * args.batch_size + (a * runtime.world() + runtime.rank()) * b
-    return range(first, first + b)
-
-
 def eval_loader(dataset, batch_size, workers, device, count=None):
-    """`count` images (None: all), evenly spread, dealt out over the processes batch by batch."""
-    chosen = spread(len(dataset), count)
+    """`count` evenly spaced images (None: all), split over the processes batch by batch."""
+    chosen = evenly_spaced(len(dataset), count)
     batches = [chosen[i:i + batch_size] for i in range(0, len(chosen), batch_size)]
-    return loader(dataset, batches[runtime.rank()::runtime.world()], workers, device)
+    return loader(dataset, batches[runtime.rank()::runtime.world_size()], workers, device)
 
 
-def spread(total, count=None):
-    """At most `count` of `total` indices, evenly spread: a list. None: all of them."""
+def evenly_spaced(total, count=None):
+    """At most `count` of `total` indices, evenly spaced (None: all)."""
     return np.linspace(0, total - 1, min(count or total, total)).astype(int).tolist()
 
 
-class Unreadable:
-    """Names and counts unreadable images of a source, as batches report them."""
-
-    def __init__(self, source):
-        self.total, self.found = len(source), set()
-
-    def note(self, reasons):
-        for reason in {*reasons} - self.found - {""}:
-            self.found.add(reason)
-            print(f"skipped: {reason}", flush=True)
-
-    def too_many(self):
-        """Why training can't go on, or "": all, or more than ten and more than 1 %."""
-        if len(self.found) <= min(self.total - 1, max(10, MAX_BAD * self.total)):
-            return ""
-        return (f"{len(self.found)} of {self.total} images can't be read: look at them with "
-                f"python data.py --data ...")
-
-
-def save_grid(path, images, columns, names=()):
-    """Save uint8 images (N, 3, H, W) as one PNG, row by row, small ones enlarged. names: what
-    stands to the left of each row."""
+def save_grid(path, images, columns=8, names=()):
+    """Save uint8 images (N, 3, H, W) as one PNG, row by row; small ones are enlarged. names: row
+    labels."""
     scale = max(1, 96 // images.shape[-1])
-    sheet = make_grid(images.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
-    sheet = Image.fromarray(sheet.repeat(scale, 0).repeat(scale, 1))
+    grid = make_grid(images.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
+    sheet = Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1))
     if names:
-        bare, font = sheet, ImageFont.load_default(15)
-        left = max(int(font.getlength(name)) for name in names) + 20
-        sheet = Image.new("RGB", (left + bare.width, bare.height), "white")
-        sheet.paste(bare, (left, 0))
+        font = ImageFont.load_default(15)
+        margin = max(int(font.getlength(name)) for name in names) + 20
+        sheet = ImageOps.expand(sheet, (margin, 0, 0, 0), "white")
         for row, name in enumerate(names):
             y = scale * (2 + (images.shape[2] + 2) * row + images.shape[2] / 2)
-            ImageDraw.Draw(sheet).text((left - 8, y), name, "black", font, anchor="rm")
+            ImageDraw.Draw(sheet).text((margin - 8, y), name, "black", font, anchor="rm")
     runtime.save_file(path, lambda file: sheet.save(file, "PNG"))
 
 
 # -------------------------------------------------------------------------------- python data.py
 
+class CheckedImages(EvalImages):
+    """As EvalImages, but an item ends with the error of an unreadable image, or ""."""
+
+    def __getitem__(self, i):
+        try:
+            return *super().__getitem__(i), ""
+        except Exception as error:
+            return 0, 0, f"{self.source.name(i)!r} ({type(error).__name__}: {error})"
+
+
 def main():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--data", default="shapes", help="as of the training scripts")
+    add("--data", default="shapes", help="as in the training scripts")
     add("--split", choices=("train", "val"),
-        help="a part of it; default: all of a folder, of other sets the part that is trained on")
-    add("--image_size", type=runtime.at_least_1, default=256, help="side of the processed images")
-    add("--out", help="write the processed images there as PNG, in class folders")
-    add("--count", type=runtime.at_least_1, help="so many images, evenly spread; default: all")
-    add("--preview", default="preview.png", help="where the preview goes")
-    add("--workers", type=int, default=8, help="data loading processes")
+        help="one split; default: all of a folder, of other sets the training split")
+    add("--image_size", type=runtime.positive_int, default=256, help="size of the cropped images")
+    add("--out", help="folder for the cropped images as PNG, in class folders")
+    add("--count", type=runtime.positive_int, help="number of images, evenly spaced; default: all")
+    add("--preview", default="preview.png", help="file for the preview")
+    add("--workers", type=runtime.at_least(0), default=8, help="data loading workers")
     args = parser.parse_args()
     source = open_source(args.data, args.split or "train", hold_out=bool(args.split))
-    print(f"{args.data}: {len(source)} images, {len(source.classes)} classes", flush=True)
-    images, chosen = EvalImages(source, args.image_size), spread(len(source), args.count)
-    progress, classes, bad = runtime.Progress(len(chosen)), collections.Counter(), 0
+    chosen, counts, bad = evenly_spaced(len(source), args.count), collections.Counter(), 0
+    if args.out and next(Path(args.out).rglob("*.*"), None):
+        raise SystemExit(f"{args.out} is not empty: choose another --out")
+    images = CheckedImages(source, args.image_size, strict=True)
     batches = loader(images, [[i] for i in chosen], args.workers, torch.device("cpu"))
-    for done, (i, (pixels, label, reasons)) in enumerate(zip(chosen, batches), 1):
+    progress = runtime.Progress(len(chosen), every=10)
+    for done, (i, (pixels, label, (error,))) in enumerate(zip(chosen, batches), 1):
         name = source.classes[label] if source.classes else ""
-        if reasons[0]:
+        if error:
             bad += 1
-            print(f"  unreadable: {reasons[0]}", flush=True)
-        elif pixels.min() == pixels.max():
-            print(f"  of one colour after the crop: {source.name(i)!r}", flush=True)
-        if args.out and not reasons[0]:
+            print(f"unreadable: {error}", flush=True)
+            continue
+        counts[name] += 1
+        if pixels.min() == pixels.max():
+            print(f"uniform color after cropping: {source.name(i)!r}", flush=True)
+        if args.out:
+            array = pixels[0].permute(1, 2, 0).numpy()
             path = Path(args.out) / name.replace("/", "_") / f"{i:08}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(path)
-        classes[name] += not reasons[0]
-        progress.show(f"{done} of {len(chosen)}", done, every_s=10)
-    shown = torch.stack([images[i][0] for i in spread(len(source), 40)])
-    save_grid(args.preview, shown, columns=8)
+            runtime.save_file(path, lambda file, a=array: Image.fromarray(a).save(file, "PNG"))
+        progress.show(f"{done} of {len(chosen)}", done)
     for number, name in enumerate(source.classes):
-        print(f"  {number} {name}: {classes[name]}")
-    print(f"  unreadable: {bad} of {len(chosen)}; preview in {args.preview}")
-    if bad > MAX_BAD * len(chosen):
+        print(f"{number} {name}: {counts[name]}")
+    print(f"{len(chosen) - bad} of {len(chosen)} images can be read")
+    if bad < len(chosen):
+        shown = EvalImages(source, args.image_size)
+        grid = [shown[i][0] for i in evenly_spaced(len(source), 40)]
+        save_grid(args.preview, torch.stack(grid))
+        print(f"preview in {args.preview}")
+    if bad > len(chosen) / 100:
         raise SystemExit(f"{bad} of {len(chosen)} images can't be read: remove or repair them")
 
 
 if __name__ == "__main__":
-    main()
+    runtime.launch(main)

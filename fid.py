@@ -1,4 +1,4 @@
-"""The numbers that the paper quotes, equal to the published tools' (tested).
+"""FID, IS, rFID and codebook usage. Tested to match torch-fidelity and pytorch-fid.
 
     python fid.py --real imagenet/train --image_size 256 --save train256.npz    # statistics, once
     python fid.py --real train256.npz --fake samples/samples.npz                # FID and IS
@@ -10,6 +10,7 @@ arr_1) or a statistics file (an npz with mu and sigma: ours, pytorch-fid's, ADM'
 through uint8. Features are fp32 (no bf16, no TF32), sums over images float64.
 """
 import json
+import os
 import sys
 import zipfile
 from functools import partial
@@ -31,17 +32,17 @@ import vq
 # TensorFlow's Inception of 2015-12-05 as pytorch-fid converted it; the digits begin its sha256.
 WEIGHTS, SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS}"
-TENTHS, SHUFFLE_SEED = 10, 2020  # of the Inception Score: torch-fidelity's splits
+SPLITS, SHUFFLE_SEED = 10, 2020  # of the Inception Score: torch-fidelity's splits
 
 
 # ------------------------------------------------------------------------------------ formulas
 
-def frechet(mean1, cov1, mean2, cov2):
+def frechet_distance(mean1, cov1, mean2, cov2):
     """Squared Frechet distance of two Gaussians, |m1 - m2|^2 + tr S1 + tr S2 - 2 tr sqrt(S1 S2);
     float64. tr sqrt(S1 S2) is the sum of the roots of the eigenvalues of the symmetric R^T S2 R,
     for any R with R R^T = S1: real and not negative, even for singular S1 and S2."""
     root, singular = torch.linalg.cholesky_ex(cov1)
-    if singular:  # leave out the null space, whose errors of 1e-16 would count as roots, 1e-8
+    if singular:  # drop the null space: errors of 1e-16 there would enter as square roots, 1e-8
         values, vectors = torch.linalg.eigh(cov1)
         keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
         root = vectors[:, keep] * values[keep].sqrt()  # (D, rank)
@@ -76,13 +77,8 @@ class Inception(nn.Module):
     def __init__(self, path, resize):
         super().__init__()
         if not path:
-            path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
-            try:
-                runtime.main_first(lambda: path.exists() or torch.hub.load_state_dict_from_url(
-                    URL, map_location="cpu", weights_only=True, check_hash=True))
-            except (OSError, RuntimeError) as error:
-                raise SystemExit(f"Inception can't be downloaded ({error}): fetch {URL} elsewhere "
-                                 f"and name the copy with --inception FILE") from error
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+            runtime.main_first(lambda: losses.download(URL, path, "--inception"))
         net = tv.Inception3(1008, aux_logits=False, init_weights=False)
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.weights, self.resize = losses.sha256(path)[:8], resize
@@ -93,15 +89,13 @@ class Inception(nn.Module):
         maximum = nn.MaxPool2d(3, 1, 1)
         for name, block in net.named_children():
             if hasattr(block, "branch_pool"):  # torchvision's average of x, and a convolution of it
-                # TensorFlow's average leaves padding out of its count. The last block takes the
-                # **maximum**, where other Inceptions average: likely a slip of 2015, but it is in
-                # the features that FID is defined on.
+                # TensorFlow's average pooling excludes padding. The last block takes the maximum,
+                # where other Inceptions average: likely a bug of 2015, but FID is defined on it.
                 block.pool = maximum if name == "Mixed_7c" else average
                 block.pool_conv, block.branch_pool = block.branch_pool, nn.Identity()
                 block.forward = lambda x, b=block: torch.cat(
                     [*b._forward(x)[:-1], b.pool_conv(b.pool(x))], 1)
-        # IS is defined on logits **without** the bias: the first code multiplied pool3 by the
-        # weights alone.
+        # IS is defined on logits without the bias: the first code multiplied pool3 by the weights.
         self.register_buffer("head", net.fc.weight.detach())  # (1008, 2048)
         net.fc = nn.Identity()
         self.net = net.requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -115,9 +109,10 @@ class Inception(nn.Module):
         return features, features @ self.head.T
 
 
-class Classifier(nn.Module):
-    """A network of train_vgg.py in Inception's place, for data far from ImageNet. Features are what
-    its last layer reads, logits those of its first softmax: the classes. Its distance is no FID."""
+class SmallVGGFeatures(nn.Module):
+    """A network of train_vgg.py instead of Inception, for data far from ImageNet. Features are the
+    input of its last layer, logits those of its first head: the classes. The distance is called
+    FD, it is not an FID."""
 
     resize = "none"
 
@@ -135,58 +130,67 @@ class Classifier(nn.Module):
 
 # -------------------------------------------------------------------------------- sets of images
 
-class Images(Subset):
-    """What --real or --fake names. An item is uint8 (3, H, W), label, "" or why it can't be taken.
-    image_size 0: images as they are, all of the first one's size. Samples (.npz) are always taken
-    so, and whole."""
+class ImageError(RuntimeError):
+    """An image that a metric can't take."""
+
+
+class EvalSet(Subset):
+    """What --real or --fake names. An item is uint8 (3, H, W), label. image_size 0: images as they
+    are, all of the first one's size. Samples (.npz) are never resized or split."""
 
     def __init__(self, path, image_size, split, count):
         samples = path.endswith(".npz")
         split = None if samples else split
         self.source = data.open_source(path, split or "train", hold_out=bool(split))
         size = 0 if samples else image_size
-        super().__init__(data.EvalImages(self.source, size), data.spread(len(self.source), count))
-        self.path = f"{path} ({split})" if split else path
-        first, _, reason = self.dataset[self.indices[0]]
-        if reason:
-            raise SystemExit(f"{self.path}: a metric skips no image, but {reason}")
-        self.shape = first.shape
-        crop = ", shorter side resized to it and centre crop" if size else ""
+        images = data.EvalImages(self.source, size, strict=True)
+        super().__init__(images, data.evenly_spaced(len(self.source), count))
+        self.path, self.shape = f"{path} ({split})" if split else path, None
+        try:
+            self.shape = self[0][0].shape
+        except ImageError as error:
+            raise SystemExit(str(error)) from error
+        crop = ", shorter side resized and center crop" if size else ""
         side = f"{self.shape[2]} x {self.shape[1]}{crop}"
         self.description = f"{len(self)} images of {self.path} ({side})"
 
     def __getitem__(self, j):
-        image, label, reason = self.dataset[self.indices[j]]
-        if image.shape == self.shape:
-            return image, label, reason
         name = self.source.name(self.indices[j])
-        sizes = f"{name} has {[*image.shape[1:]]} pixels, not {[*self.shape[1:]]}: --image_size"
-        return torch.zeros(self.shape, dtype=torch.uint8), 0, reason or sizes
+        try:
+            image, label = self.dataset[self.indices[j]]
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ImageError(f"cannot compute a metric: {name} is unreadable ({reason})") from error
+        if self.shape and image.shape != self.shape:
+            raise ImageError(f"cannot compute a metric: {name} has {[*image.shape[1:]]} pixels, "
+                             f"not {[*self.shape[1:]]}: pass --image_size")
+        return image, label
 
-    __getitems__ = None  # Subset's goes round __getitem__
+    __getitems__ = None  # Subset.__getitems__ would bypass __getitem__
 
 
 @torch.inference_mode()
-def measure(images, net, args, device, tokenizer=None):
+def compute_statistics(images, net, args, device, tokenizer=None):
     """One pass over a set of images, or over a tokenizer's reconstructions of them -> {name:
     value}. Sums are float64, so that batches and processes add up in any order."""
-    zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no doubles
+    zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no float64
     n, D = len(images), net.feature_dim
-    x_sum, xx_sum, right = zeros(D), zeros(D, D), zeros(1)
-    p_sum, p_log_p_sum = zeros(TENTHS, net.num_classes), zeros(TENTHS)  # of p(y|x), of each tenth
+    x_sum, xx_sum, correct = zeros(D), zeros(D, D), zeros(1)
+    p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)  # of p(y|x), of each tenth
     K = tokenizer.quantizer.codebook_size if tokenizer else 1
     histogram = torch.zeros(K, dtype=torch.int64, device=device)
-    # Unshuffled, a tenth of images in order of class has a tenth of these: IS 62 where 298 was
-    # right. Shuffled here, an image's tenth follows from its index, whichever process it meets.
-    place = np.argsort(np.random.RandomState(SHUFFLE_SEED).permutation(n))
-    ends = np.arange(1, TENTHS) * n // TENTHS
-    tenth = torch.from_numpy(np.searchsorted(ends, place, side="right"))
-    batches = data.eval_loader(images, args.batch_size, args.workers, device)
-    progress, done = runtime.Progress(n), 0
-    for index, (batch, labels, reasons) in zip(batches.batch_sampler, batches):
-        if any(reasons):
-            reason = next(filter(None, reasons))
-            raise SystemExit(f"{images.path}: a metric skips no image, but {reason}")
+    # IS uses ten random splits. If images ordered by class are not shuffled, each split has a
+    # tenth of the classes, and IS collapses (62 instead of 298).
+    position = np.argsort(np.random.RandomState(SHUFFLE_SEED).permutation(n))
+    ends = np.arange(1, SPLITS) * n // SPLITS
+    split = torch.from_numpy(np.searchsorted(ends, position, side="right"))
+    loader = data.eval_loader(images, args.batch_size, args.workers, device)
+    progress, done, batches = runtime.Progress(n, every=10), 0, iter(loader)
+    for index in loader.batch_sampler:
+        try:
+            batch, labels = next(batches)
+        except ImageError as error:  # a worker adds its traceback
+            raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
         batch = batch.to(device, non_blocking=True)
         if tokenizer:
             z_q, codes, _ = tokenizer.encode(data.to_float(batch, device))
@@ -195,26 +199,26 @@ def measure(images, net, args, device, tokenizer=None):
         x, logits = (t.cpu().double() for t in net(batch))
         x_sum += x.sum(0)
         xx_sum += x.T @ x
-        log_p, s = logits.log_softmax(1), tenth[index]
-        p_sum.index_add_(0, s, log_p.exp())
-        p_log_p_sum.index_add_(0, s, (log_p.exp() * log_p).sum(1))
-        right += (logits.argmax(1) == labels).sum()
-        done += len(batch) * runtime.world()
-        progress.show(f"images of {images.path}", done, every_s=10)
-    for total in (x_sum, xx_sum, p_sum, p_log_p_sum, right, histogram):
-        runtime.sum_over_processes(total)
+        log_p, i = logits.log_softmax(1), split[index]
+        p_sum.index_add_(0, i, log_p.exp())
+        p_log_p_sum.index_add_(0, i, (log_p.exp() * log_p).sum(1))
+        correct += (logits.argmax(1) == labels).sum()
+        done += len(batch) * runtime.world_size()
+        progress.show(f"images of {images.path}", done)
+    for total in (x_sum, xx_sum, p_sum, p_log_p_sum, correct, histogram):
+        runtime.all_reduce_sum(total)
     description = f"{n} reconstructions of {images.path}" if tokenizer else images.description
     if n < 2:
-        raise SystemExit(f"{description}: one image has no covariance")
+        raise SystemExit(f"{description}: needs at least two images")
     if n <= D:
-        warn(f"{description}, {D} features: compare only with sets of as many images")
-    mu, tenth_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
+        warn(f"{description}, fewer than the {D} features: only comparable at the same number")
+    mu, split_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
     cov = (xx_sum - n * mu.outer(mu)) / (n - 1)
-    # Of each tenth: exp E_x KL(p(y|x) || p(y)).
-    scores = (p_log_p_sum / tenth_n + torch.special.entr(p_sum / tenth_n[:, None]).sum(1)).exp()
+    # Of each split: exp E_x KL(p(y|x) || p(y)).
+    scores = (p_log_p_sum / split_n + torch.special.entr(p_sum / split_n[:, None]).sum(1)).exp()
     return {"mu": mu, "sigma": cov, "n": n, "description": description,
             "IS": scores.mean().item(), "IS_std": scores.std(correction=0).item(),
-            "accuracy": right.item() / n, "histogram": histogram.cpu()}
+            "accuracy": correct.item() / n, "histogram": histogram.cpu()}
 
 
 def made_with(net):
@@ -222,17 +226,17 @@ def made_with(net):
 
 
 def load_statistics(path, net):
-    """As `measure`, from a file that has mu and sigma (n 0: not known)."""
+    """As `compute_statistics`, from a file that has mu and sigma (n 0: not known)."""
     made = made_with(net)
     with np.load(path) as arrays:
         found = {key: torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma")}
         n = int(arrays["n"]) if "n" in arrays else 0
         theirs = str(arrays["made"]) if "made" in arrays else ""
     if len(found["mu"]) != net.feature_dim or theirs not in ("", made):
-        raise SystemExit(f"{path} has {len(found['mu'])} features and {theirs}, but here are "
-                         f"{net.feature_dim} and {made}: make it again")
+        raise SystemExit(f"{path}: statistics have {len(found['mu'])} features ({theirs}), this "
+                         f"network has {net.feature_dim} ({made}): recompute them")
     if not theirs:
-        warn(f"{path} does not say how it was made: see to it that it was with {made}")
+        warn(f"{path} has no provenance: make sure that it was computed with {made}")
     return found | {"n": n, "description": f"statistics {path}"}
 
 
@@ -256,19 +260,19 @@ def parse(argv):
     add("--real", required=True, help="reference: a data set, an npz of samples, statistics")
     add("--fake", help="the images to evaluate: likewise")
     add("--tokenizer", help="checkpoint: evaluate its reconstructions of --real")
-    add("--image_size", type=int, default=0,
+    add("--image_size", type=runtime.at_least(0), default=0,
         help="resize and centre crop (no npz); default: the tokenizer's, else as they are")
     add("--split", choices=("train", "val"), help="of a data set the part that is trained on, or "
         "held out; default: all of a folder, of other sets the part that is trained on")
-    add("--count", type=runtime.at_least_1,
-        help="so many images of each set, evenly spread; default: all")
+    add("--count", type=runtime.positive_int,
+        help="number of images of each set, evenly spaced; default: all")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")
     add("--inception", help=f"a local copy of {WEIGHTS}; default: downloaded")
     add("--features", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
     add("--save", help="write the statistics of --real to this npz, to be --real later")
     add("--json", help="write the result, and all that it depends on, to this file")
-    add("--batch_size", type=runtime.at_least_1, default=64, help="images at a time, per process")
+    add("--batch_size", type=runtime.positive_int, default=64, help="images at a time, per process")
     runtime.add_device_flags(add)
     return parser.parse_args(argv)
 
@@ -276,36 +280,40 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     (device, _), tokenizer = runtime.setup(args), None
-    net = Classifier(args.features) if args.features else Inception(args.inception, args.resize)
+    net = SmallVGGFeatures(args.features) if args.features else Inception(args.inception,
+                                                                          args.resize)
     net.to(device)
     if args.tokenizer:
         tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
         args.image_size = args.image_size or saved["args"]["image_size"]
+        if data.is_training_data(args.real, saved["args"]):
+            args.split = args.split or "val"  # not the images that it was trained on
 
-    def find(path):
+    def open_side(path):
         if (Path(path) / "samples.npz").exists():  # what sample.py has just written
             path = str(Path(path) / "samples.npz")
         if is_statistics(path):
             return load_statistics(path, net)
-        return Images(path, args.image_size, args.split, args.count)
+        return EvalSet(path, args.image_size, args.split, args.count)
 
-    def look(side, coder=None):
-        if not isinstance(side, Images):
+    def statistics_of(side, coder=None):
+        if not isinstance(side, EvalSet):
             return side
-        return measure(side, net, args, device, coder) | {"classes": side.source.classes}
+        found = compute_statistics(side, net, args, device, coder)
+        return found | {"classes": side.source.classes}
 
-    real = find(args.real)
-    if tokenizer and (args.fake or not isinstance(real, Images)):
-        raise SystemExit("--tokenizer takes the images of --real, no statistics and no --fake")
-    fake = real if tokenizer else args.fake and find(args.fake)
-    real, fake = look(real), fake and look(fake, tokenizer)
+    real = open_side(args.real)
+    if tokenizer and (args.fake or not isinstance(real, EvalSet)):
+        raise SystemExit("--tokenizer needs images as --real, and no --fake")
+    fake = real if tokenizer else args.fake and open_side(args.fake)
+    real, fake = statistics_of(real), fake and statistics_of(fake, tokenizer)
     if not runtime.is_main():
         return None
 
     result = {"real": real["description"], "n_real": real["n"], "weights": net.weights}
     if fake:
         name = "rFID" if tokenizer and not args.features else net.name
-        value = frechet(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
+        value = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         print(f"{name} {value:.2f}")
         result |= {"fake": fake["description"], "n_fake": fake["n"]}
         result["FD" if args.features else name] = value
@@ -316,8 +324,11 @@ def main(argv=None):
         print(f"usage {100 * usage:.1f} % ({int((histogram > 0).sum())} of {len(histogram)})\n"
               f"perplexity {perplexity:.1f}")
     elif fake and "IS" in fake and not args.features:
-        print(f"IS {fake['IS']:.1f} +- {fake['IS_std']:.1f}")
-        result |= {"IS": fake["IS"], "IS_std": fake["IS_std"]}
+        if fake["n"] < SPLITS:
+            print(f"no IS: it needs at least {SPLITS} images")
+        else:
+            print(f"IS {fake['IS']:.1f} +- {fake['IS_std']:.1f}")
+            result |= {"IS": fake["IS"], "IS_std": fake["IS_std"]}
     if args.features and fake and len(fake.get("classes", ())):
         print(f"accuracy {fake['accuracy']:.2f}")
         result["accuracy"] = fake["accuracy"]

@@ -1,5 +1,5 @@
-"""What the tokenizer is trained against: the semantic-enhanced perceptual loss (Sec. 3.3.1, Eq. 4)
-and a StyleGAN2 discriminator (Sec. 6.1: "the style-based discriminator [34]").
+"""Training losses of the tokenizer: the semantic-enhanced perceptual loss (Sec. 3.3.1, Eq. 4) and
+a StyleGAN2 discriminator (Sec. 6.1: "the style-based discriminator [34]").
 
     perceptual = PerceptualLoss(load_vgg("imagenet"), alpha=1)
     loss, layers = perceptual(x_hat, x)               # Eq. 4, and each layer's term
@@ -10,6 +10,7 @@ Images are float (B, 3, S, S) in [-1, 1].
 """
 import hashlib
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -21,14 +22,13 @@ import torchvision
 LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
 SEM = ("relu5_3", "logit")  # L_per^sem: semantics
 LAYERS = (*LOW, "logit")
-# torch.func.jvp (R1) loads a file of torch's that does what torch itself calls deprecated.
+# torch.func.jvp (R1) triggers a deprecation warning inside torch.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 
 # ------------------------------------------------------------------------- perceptual networks
-# Any network can stand in for these two. It has net(x, layers) -> {layer: features}, which goes no
-# further than the last layer asked for, and a buffer `scale`, what the loss divides each of LAYERS
-# by.
+# A replacement for these two needs net(x, layers) -> {layer: features}, which stops at the last
+# requested layer, and a buffer `scale`, by which the loss of each of LAYERS is divided.
 
 class VGG16(nn.Module):
     """torchvision's VGG16: its features after ReLU, and its logits (before the softmax)."""
@@ -43,7 +43,7 @@ class VGG16(nn.Module):
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", (2 * mean - 1).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", (2 * std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.ones(len(LAYERS)), persistent=False)  # used raw
+        self.register_buffer("scale", torch.ones(len(LAYERS)), persistent=False)  # no scaling
 
     def forward(self, x, layers):
         out, start, h = {}, 0, (x - self.mean) / self.std
@@ -53,17 +53,17 @@ class VGG16(nn.Module):
                 out[layer] = h
             if len(out) == len(layers):
                 return out
-        # The whole image, not resized: its 8 x 8 features (at 256 x 256) are pooled to 7 x 7.
+        # The image is not resized: 8 x 8 features (at 256 x 256) are pooled to 7 x 7.
         h = self.avgpool(self.features[start:](h))
         return out | {"logit": self.classifier(h.flatten(1))}  # (B, 1000)
 
 
 class SmallVGG(nn.Module):
-    """A VGG-shaped classifier for small pictures (miniature/train_vgg.py): five stages of two
-    conv-BN-ReLU, named as VGG16's. Pooling follows the first three only, so that the last stage
-    keeps some space.
+    """A VGG-shaped classifier for small images (miniature/train_vgg.py): five stages of two
+    conv-BN-ReLU, named as VGG16's. Only the first three are followed by pooling, so that the last
+    stage keeps some spatial resolution.
 
-    kinds: numbers of classes, one softmax each; `logit` is all of them."""
+    kinds: number of classes of each classification head; `logit` is their concatenation."""
 
     def __init__(self, widths, kinds):
         super().__init__()
@@ -85,34 +85,51 @@ class SmallVGG(nn.Module):
                 out[layer] = h
             if len(out) == len(layers):
                 return out
-        # Centred over the classes of each softmax: it does not see an offset, but the loss would.
+        # Centered over the classes: softmax is invariant to an offset, the loss is not.
         parts = self.classifier(h.mean((2, 3))).split(self.config["kinds"], 1)
         logits = torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)
         return out | {"logit": logits}  # (B, sum(kinds))
 
 
-def load_vgg(spec):
-    """The frozen network that --vgg names: "imagenet" (downloaded by torchvision, hash checked), a
-    copy of that file, or a checkpoint of train_vgg.py. There is no fall-back."""
-    weights = torchvision.models.VGG16_Weights.IMAGENET1K_V1
-    digits = weights.url.split("-")[-1].removesuffix(".pth")  # the first of the file's sha256
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def download(url, path, flag):
+    """Download url to path if that does not exist, and check the file's sha256, which begins with
+    the digits in the file's name. flag: the one that names a local copy."""
+    digits = url.split("-")[-1].removesuffix(".pth")
     try:
-        if spec == "imagenet":
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        else:
-            state = torch.load(spec, map_location="cpu", weights_only=True)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
+    except Exception as error:
+        raise SystemExit(f"cannot download {url} ({type(error).__name__}: {error}): fetch it "
+                         f"elsewhere and name the copy with {flag} FILE") from error
+    if not sha256(path).startswith(digits):
+        raise SystemExit(f"{path} is not the file of {url} (its sha256 differs): delete it")
+
+
+def load_vgg(spec):
+    """The frozen network that --vgg names: "imagenet" (downloaded, its hash checked), a copy of
+    torchvision's file, or a checkpoint of train_vgg.py. There is no fallback."""
+    url, path = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url, spec
+    if spec == "imagenet":
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        download(url, path, "--vgg")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"--vgg {spec} can't be read ({reason}). VGG16's weights are at "
-                         f"{weights.url}: name a copy with --vgg FILE, or train a network on class "
-                         f"folders with miniature/train_vgg.py") from error
+        raise SystemExit(f"--vgg {spec} can't be read ({reason}). VGG16's weights are at {url}; "
+                         f"miniature/train_vgg.py trains a small network") from error
     if isinstance(state, dict) and state.get("component") == "vgg":
         net = SmallVGG(**state["config"])
         net.load_state_dict(state["model"])
     elif isinstance(state, dict) and "features.0.weight" in state:
         net = VGG16()
         net.load_state_dict(state)
-        if spec != "imagenet" and not sha256(spec).startswith(digits):
+        if not sha256(path).startswith(url.split("-")[-1].removesuffix(".pth")):
             print(f"note: {spec} has VGG16's layout, but is not torchvision's file")
     else:
         raise SystemExit(f"--vgg {spec} is neither a copy of VGG16's weights nor a checkpoint of "
@@ -120,19 +137,15 @@ def load_vgg(spec):
     return net.requires_grad_(False).eval()
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class PerceptualLoss(nn.Module):
     """Eq. 4: L_per^alpha = alpha L_per^sem + (1 - alpha) L_per^low, each a sum over layers of the
     mean squared difference of features. alpha in [0, 1]; `layers` (Table 6) overrides it: those
     layers, each with weight 1.
 
-    Paper: "perceptual loss [65]" is LPIPS, but the formula in 3.3.1 is plain VGG features, and
-    LPIPS has no weights for logits: we follow the formula. The ImageNet VGG16 is used raw. The
-    layers of a train_vgg.py network are divided by its `scale`, their variance over real images: 1
-    is the error of a reconstruction that says nothing of its input."""
+    The paper cites LPIPS ("perceptual loss [65]"), but its formula in 3.3.1 has plain VGG features,
+    and LPIPS has no weights for logits. We follow the formula. The layers of the ImageNet VGG16
+    are not scaled. Those of a train_vgg.py network are divided by their variance over real images:
+    a reconstruction that ignores its input then scores about 1."""
 
     def __init__(self, net, alpha=1.0, layers=None):
         super().__init__()
@@ -160,7 +173,7 @@ class PerceptualLoss(nn.Module):
 # ------------------------------------------------------------------------------ discriminator
 
 class EqualConv(nn.Module):
-    """Convolution with equalised learning rate: weights N(0, 1), used times 1/sqrt(fan-in)."""
+    """Convolution with equalized learning rate: weights N(0, 1), scaled by 1/sqrt(fan-in)."""
 
     def __init__(self, c_in, c_out, side, stride=1, padding=0, bias=True):
         super().__init__()
@@ -189,7 +202,7 @@ def lrelu(x):
 
 
 class Blur(nn.Module):
-    """[1, 3, 3, 1] in both directions, normalised."""
+    """[1, 3, 3, 1] in both directions, normalized."""
 
     def __init__(self, channels, padding, stride=1):
         super().__init__()
@@ -222,7 +235,7 @@ def minibatch_stddev(x, group=4):
     """Append one channel: the standard deviation over groups of four consecutive images, averaged
     over all else. (B, C, H, W) -> (B, C + 1, H, W), any B: the last group may be smaller.
 
-    Consecutive images: processes whose share is a multiple of 4 compute what one would."""
+    With a multiple of 4 images per process, N processes compute exactly what one computes."""
     std = []
     for y in x.float().split(group):
         value = (y.var(0, unbiased=False) + 1e-8).sqrt().mean().to(x.dtype)
@@ -234,7 +247,7 @@ class Discriminator(nn.Module):
     """StyleGAN2's residual discriminator: images (B, 3, S, S) in [-1, 1] -> logits (B,), high for
     real.
 
-    channels: at full resolution, and at most; they double as the resolution halves. At 256 x 256
+    channels: (base, maximum). They start at base and double with each downsampling. At 256 x 256
     the defaults are StyleGAN2's with channel multiplier 2: 128, 256, 512, 512, ..., 28.9M."""
 
     def __init__(self, image_size=256, channels=(128, 512)):
@@ -269,9 +282,9 @@ def discriminator_loss(real_logits, fake_logits):
 def r1_penalty(disc, x):
     """Mean over the batch of |dD(x)/dx|^2, x (B, 3, S, S), with its gradient in D's weights.
 
-    With g = dD/dx that gradient is the one of 2 g . dD/dx, g held constant: twice D's derivative
-    along g, which forward mode gives. PyTorch's second derivative of a convolution would run
-    convolutions whose kernel is a whole feature map as well."""
+    With g = dD/dx held constant, |g|^2 has the gradient of 2 g . dD/dx: twice the directional
+    derivative of D along g, which forward mode computes. PyTorch's double backward would run
+    convolutions with kernels as large as a feature map."""
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(disc(x).sum(), x)  # g, (B, 3, S, S)
     _, slope = torch.func.jvp(disc, (x.detach(),), (grad,))  # (B,), in sum |g|^2

@@ -1,20 +1,20 @@
 """The prior: a transformer that learns p(s|c) over the N codes of an image (Sec. 3.1.2, Table 8).
 
-    python transformer.py        # the parameter counts beside the paper's
+    python transformer.py        # parameter counts beside the paper's
 
 AR and NAR "share the same architecture, except that the AR transformer has the causal mask on
-attention" (Sec. 6.1). B images, N codes an image, K codes in the codebook, width d.
+attention" (Sec. 6.1). B images, N codes per image, K codes in the codebook, width d.
 
-    AR    reads [c, s_1 .. s_(N-1)]    slot i predicts s_i from c and s_<i      sampled code by code
-    NAR   reads [c, s_m]               every masked s_i from c and the others   sampled in T steps
+    AR    reads [c, s_1 .. s_(N-1)]    predicts s_i from c and s_<i             samples code by code
+    NAR   reads [c, s_m]               predicts masked s_i from c and the rest  samples in T steps
 
-The prefix c is the class's embedding, or one learned row without classes. A training step is
+The prefix c is the class embedding, without classes one learned vector. A training step is
 
     u = torch.rand(len(indices), model.length + 2)
     tokens, labels, mask = model.corrupt(indices, labels, u)
-    total, count = model.loss(model(tokens, labels), indices, mask)  # total / count: Eq. 3 a token
+    total, count = model.loss(model(tokens, labels), indices, mask)  # Eq. 3 is total / count
 
-and `model.eval().generate(64, labels)` draws the codes of 64 images.
+and `model.eval().generate(64, labels)` samples the codes of 64 images.
 """
 import functools
 import math
@@ -33,8 +33,8 @@ SIZES = {  # Table 8; the hidden width of the MLP is 4d
 class Block(nn.Module):
     """Pre-LN attention and MLP, each with a residual: x (B, L, d) -> (B, L, d).
 
-    The paper gives sizes and "dropout 0.1" alone. Where the dropout sits (embedding, attention
-    weights, both residual branches), GELU and biases everywhere are GPT-2's."""
+    The paper specifies only the sizes and "dropout 0.1". The places of the dropout (embedding,
+    attention weights, both residual branches), GELU, and biases everywhere are GPT-2's."""
 
     def __init__(self, d, heads, dropout, causal):
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
         if cache is None:
             p = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
-        else:  # L = 1: write this slot's key and value, attend to the slots up to it
+        else:  # L = 1: write this position's key and value, attend to the positions up to it
             cache[0].index_copy_(2, slot, k)
             cache[1].index_copy_(2, slot, v)
             y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen)
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
     """A prior over sequences of `length` = N codes.
 
     kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. classes: 0 is unconditional.
-    null_class adds a row that stands for "no class", for guidance; off by default: the paper
+    null_class adds an embedding for "no class", for guidance. It is off by default: the paper
     "exclude[s] the classifier-free guidance" (Sec. 6.1)."""
 
     def __init__(self, kind, size="base", codebook_size=1024, length=256, classes=1000,
@@ -77,16 +77,17 @@ class Transformer(nn.Module):
                        "null_class": null_class}
         self.kind, self.codebook_size, self.length = kind, codebook_size, length
         self.classes = classes
-        self.mask_id = codebook_size  # NAR's mask token, and the null class, are rows of their own
+        self.mask_id = codebook_size  # NAR's mask token has its own embedding
         self.heads, d = SIZES[size]["heads"], SIZES[size]["width"]
         nar, blocks = kind == "nar", SIZES[size]["blocks"]
-        self.code = nn.Embedding(codebook_size + nar, d)  # its first K rows: the head's weight, too
-        self.slot = nn.Embedding(length + nar, d)  # slot 0 is the prefix; AR never reads s_N
+        self.code = nn.Embedding(codebook_size + nar, d)  # the first K rows are tied to the head
+        self.slot = nn.Embedding(length + nar, d)  # position 0 is the prefix; AR never reads s_N
         self.prefix = nn.Embedding(max(classes, 1) + null_class, d)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d, self.heads, dropout, not nar) for _ in range(blocks))
         self.norm = nn.LayerNorm(d)
-        # Paper: silent. GPT-2's start, which shrinks the residual branches by sqrt(2 * blocks)
+        # The paper does not specify the initialization. This is GPT-2's: the projections of the
+        # residual branches are scaled by 1 / sqrt(2 * blocks).
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 last = name.endswith(("proj.weight", "fc2.weight"))
@@ -95,8 +96,9 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def param_groups(self, weight_decay=1e-2):
-        """AdamW's groups. Table 10 gives weight_decay 1e-2, not what it applies to: here the linear
-        layers' matrices, but no biases, norms and embeddings (the tied head is one)."""
+        """AdamW's groups. Table 10 gives weight_decay 1e-2, but not what it applies to. Here it
+        applies to the linear layers' matrices, not to biases, norms and embeddings (the tied head
+        is one)."""
         decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.parameters() if all(p is not w for w in decay)]
         return [{"params": decay, "weight_decay": weight_decay},
@@ -112,7 +114,7 @@ class Transformer(nn.Module):
         x = self.drop(x + self.slot.weight)
         for block in self.blocks:
             x = block(x)
-        return self._head(x if self.kind == "ar" else x[:, 1:])  # NAR: the prefix predicts nothing
+        return self._head(x if self.kind == "ar" else x[:, 1:])  # NAR: drop the prefix
 
     def _prefix(self, labels, batch):
         if bool(self.classes) != (labels is not None):
@@ -122,13 +124,13 @@ class Transformer(nn.Module):
         return self.prefix(labels)[:, None]  # (B, 1, d)
 
     def _head(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # bf16 numbers near 8 are 0.06 apart
+        with torch.autocast(x.device.type, enabled=False):  # bf16 logits near 8 are 0.06 apart
             weight = self.code.weight[:self.codebook_size]
             return F.linear(self.norm(x).float(), weight.float())
 
     def corrupt(self, indices, labels, u, label_dropout=0.0):
         """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to
-        predict. u (B, N + 2), uniform in [0, 1), decides all of it.
+        predict. All randomness comes from u (B, N + 2), uniform in [0, 1).
 
         NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted.
         A label becomes the null class with probability `label_dropout`."""
@@ -140,10 +142,10 @@ class Transformer(nn.Module):
         return indices.masked_fill(mask, self.mask_id), labels, mask
 
     def loss(self, logits, indices, mask):
-        """Eq. 3 -> (total, count): nats summed over the predicted codes, and how many these are.
+        """Eq. 3 -> (total, count): nats summed over the predicted codes, and their number.
 
-        Kept apart, since masks differ in size: micro-batches and processes add up both. In training
-        mode NAR's targets are smoothed by 0.1 (MaskGIT's; the paper is silent)."""
+        Masks differ in size, so micro-batches and processes must add up both. In training mode
+        NAR's targets are smoothed by 0.1, as MaskGIT's; the paper does not specify it."""
         smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
         nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
                               label_smoothing=smoothing)
@@ -160,8 +162,8 @@ class Transformer(nn.Module):
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
     def decode_slot(self, x, slot, cache):
-        """One slot of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K). Fills
-        the cache. Shapes are fixed, and nothing is read back to the host."""
+        """One position of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K).
+        Fills the cache. Shapes are fixed, and nothing is read back to the host."""
         x = x + self.slot(slot)
         seen = (torch.arange(self.length, device=x.device) <= slot)[None]  # (1, N)
         for block, kv in zip(self.blocks, cache):
@@ -169,16 +171,16 @@ class Transformer(nn.Module):
         return self._head(x)[:, 0]
 
     @torch.no_grad()
-    def generate(self, batch, labels=None, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0, steps=12,
-                 choice_temperature=0.45):
-        """Draw codes -> (batch, N) int64 in [0, K), by torch's default generator: seed it before.
+    def generate(self, batch, labels=None, *, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
+                 steps=12, choice_temperature=0.45):
+        """Sample codes -> (batch, N) int64 in [0, K), with torch's default generator.
 
         labels: (batch,) int64 in [0, classes), None for an unconditional model.
         temperature: divides the logits, > 0.
-        top_k, top_p: AR. Keep the k most probable codes (0: all), then the fewest of them that hold
-            the share p in (0, 1]. Table 10: top_p 0.92 on ImageNet, 0.98 on the others.
+        top_k, top_p: AR. Keep the k most probable codes (0: all), then the smallest set of them
+            with cumulative probability >= p. Table 10: top_p 0.92 on ImageNet, else 0.98.
         cfg: guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
-        steps: NAR: T in [1, N]; 12 in Tables 3 and 4.
+        steps: NAR. Decoding steps T in [1, N]; 12 in Tables 3 and 4.
         choice_temperature: NAR, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, else 0.65."""
         N, device, copies = self.length, self.code.weight.device, 2 if cfg else 1
         if cfg:  # the second half of the batch sees the same codes and no class
@@ -192,77 +194,84 @@ class Transformer(nn.Module):
             tokens = torch.full((batch, N), self.mask_id, device=device)
             return maskgit(tokens, lambda s: guide(self(s.repeat(copies, 1), labels)), steps,
                            self.mask_id, temperature, choice_temperature)
+
         x = self._prefix(labels, batch)  # (batch, 1, d), with guidance (2 batch, 1, d)
         cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
         s = torch.zeros(batch, N, dtype=torch.long, device=device)
 
-        def next_code():  # all of its state is on the device, at fixed addresses
+        def next_code():
             logits = guide(self.decode_slot(x, slot, cache))
             code = sample(logits, temperature, top_k, top_p)  # (batch,)
             s.index_copy_(1, slot, code[:, None])
-            x.copy_(self.code(code.repeat(copies))[:, None])
+            x.copy_(self.code(code.repeat(copies))[:, None])  # the next position's input
             slot.add_(1)
 
-        repeat(next_code, N, device)
+        if device.type == "cuda":  # the same function, faster
+            next_code = CUDAGraph(next_code)
+        for _ in range(N):
+            next_code()
         return s
 
 
-def repeat(call, n, device):
-    """Run call() n times. On a GPU one call is recorded as a CUDA graph and replayed: to launch a
-    few hundred small kernels one by one takes longer than to run them."""
-    if device.type != "cuda":
-        for _ in range(n):
-            call()
-        return
-    # The first calls are real ones: libraries set themselves up, and autocast makes its bf16 copies
-    # of the weights, which live as long as the caller's `with autocast`. So must the graph.
-    warm, side = min(n, 3), side_stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):  # recorded, not run
-        call()
-    for _ in range(n - warm):
-        graph.replay()
+class CUDAGraph:
+    """call(), recorded at the fourth time and replayed from then on: launching a few hundred small
+    kernels one by one takes longer than running them. All state of `call` must stay on the device
+    at fixed addresses."""
+
+    def __init__(self, call):
+        self.call, self.calls, self.stream = call, 0, capture_stream()
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls < 4:
+            # Warm-up calls initialize libraries and let autocast cache its bf16 weights. The graph
+            # reads that cache, so it must be used within the same `with autocast`.
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.call()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if self.calls == 4:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):  # recorded, not run
+                self.call()
+        self.graph.replay()
 
 
 @functools.cache
-def side_stream():
-    """One stream for all batches: cuBLAS keeps 32 MiB for each stream that it has met."""
+def capture_stream():
+    """One stream for all graphs: cuBLAS allocates a 32 MiB workspace per stream."""
     return torch.cuda.Stream()
 
 
 def draw_mask(r, noise):
     """MaskGIT's training mask: r (B,), noise (B, N), uniform in [0, 1) -> (B, N) bool.
 
-    Paper: "a random mask". MaskGIT masks the ratio cos(pi r / 2), at least one. We round its
-    product with N up, so that "all masked", where sampling begins, is seen in training."""
+    The paper says "a random mask". MaskGIT masks the fraction cos(pi r / 2), at least one code. We
+    round up, so that the fully masked input, with which sampling starts, occurs in training."""
     count = (noise.shape[1] * torch.cos(math.pi / 2 * r)).ceil().clamp(min=1)  # (B,)
     return ranks(noise) < count[:, None]
 
 
 def ranks(values):
-    """The place of each value in its row, in rising order, from 0."""
+    """Rank of each value within its row (0: the smallest)."""
     return values.argsort(dim=-1, stable=True).argsort(-1)
 
 
 def gumbel(like):
-    """Gumbel noise: the largest of logits + noise is a draw from the logits' softmax."""
+    """Gumbel noise: argmax(logits + noise) is a sample of softmax(logits)."""
     u = torch.rand_like(like).clamp(min=1e-20)
     return -torch.log(-torch.log(u))
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw from softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...)."""
+    """Sample softmax(logits / temperature), cut to top_k, then to top_p: (..., K) -> (...)."""
     logits = logits.float() / temperature
     if top_k or top_p < 1:
         p, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
         if top_k:
             p[..., top_k:] = 0
-        above = p.cumsum(-1) - p  # what the more probable codes hold; 0 for the first, which stays
+        above = p.cumsum(-1) - p  # probability of all more probable codes; 0 for the first
         p = p.masked_fill(above >= top_p * p.sum(-1, keepdim=True), 0)
         out = torch.zeros_like(p).scatter(-1, order, p) == 0
         logits = logits.masked_fill(out, -torch.inf)
@@ -275,18 +284,18 @@ def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0
     tokens (B, N) int64, `mask_id` where unknown; logits_fn: such tokens -> logits (B, N, K).
     Returns (B, N) int64 in [0, K).
 
-    A step draws every unknown code, then masks the least confident ones again: of n unknown at the
-    start n cos(pi/2 (t+1)/T). Confidence is log p plus Gumbel noise, scaled by
-    `choice_temperature` falling to 0. Table 10 has one "sampling temperature" (0.45). We take it
-    for the choice temperature, which MaskGIT tunes (to 4.5), and leave `temperature`, on the
-    logits, at 1: sweep both before quoting a number."""
+    A step samples every unknown code, then masks the least confident ones again: n cos(pi/2
+    (t+1)/T) of n that were unknown at the start. Confidence is log p plus Gumbel noise, whose scale
+    `choice_temperature` decays to 0. Table 10 has one "sampling temperature", 0.45. We interpret it
+    as the choice temperature, which MaskGIT sets to 4.5, and leave `temperature`, of the logits,
+    at 1. Sweep both before you quote a number."""
     n = (tokens == mask_id).sum(-1, keepdim=True)  # (B, 1)
     for t in range(T):
         unknown = tokens == mask_id
         logits = logits_fn(tokens).float()
         ids = torch.where(unknown, sample(logits, temperature), tokens)
         if t == T - 1:
-            return ids  # before masking again: the schedule never masks fewer than one
+            return ids  # the last step must not mask again
         ratio = (t + 1) / T
         log_p = (logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
         confidence = log_p + choice_temperature * (1 - ratio) * gumbel(log_p)
@@ -307,7 +316,7 @@ def load_prior(path, device="cpu"):
         raise SystemExit(f"{path} is no checkpoint of train_prior.py ({reason})") from error
     model = Transformer(**state["config"])
     model.load_state_dict(state["model"])
-    # Not frozen: autocast keeps its bf16 copies only of weights that take gradients.
+    # Not frozen: autocast caches bf16 copies only of weights that require gradients.
     return model.eval().to(device), state
 
 

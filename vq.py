@@ -2,9 +2,9 @@
 
     model = VQModel()                            # the paper's phase 1; attention=1 is its phase 2
     x_hat, indices, terms = model(x)             # x (B, 3, 256, 256), indices (B, 16, 16)
-    x_hat = model.decode_indices(indices)        # what a prior's codes become
+    x_hat = model.decode_indices(indices)        # decode sampled codes
 
-    python vq.py        # every level, and the parameter counts beside the paper's
+    python vq.py        # parameters per level, and totals beside the paper's
 
 Images are float (B, 3, S, S) in [-1, 1]; codes are int64 (B, h, w) with h = w = S / f.
 """
@@ -12,6 +12,7 @@ import hashlib
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------- building blocks
 
 def norm(channels):
-    """GroupNorm with 32 groups; in narrow layers (ours, for a CPU) four channels a group."""
+    """GroupNorm with 32 groups. Narrow layers (our CPU settings) have 4 channels per group."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """GN-Swish-Conv-GN-Swish-Conv plus its input (by a 1x1 convolution if the channels change)."""
+    """GN-Swish-Conv-GN-Swish-Conv plus its input, which a 1x1 convolution maps if the number of
+    channels changes."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -35,14 +37,14 @@ class ResBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h  # the input itself, not its norm: one VQGAN port has that bug
+        return self.shortcut(x) + h  # from x, not from norm1(x), a known bug in one VQGAN port
 
 
 def block_side(h, w):
     """Side p of the attention blocks: 4, 8, 8, 16, 16 at 16, 32, 64, 128, 256.
 
-    HiT has 4 at 16, 8 at 32 and 64. We go on so that there are about as many blocks as positions
-    in a block. Where p does not divide the map it is halved until it does."""
+    HiT uses 4 at 16 and 8 at 32 and 64. We extrapolate so that the number of blocks is close to
+    the number of positions per block. If p does not divide the map it is halved until it does."""
     p = 2 ** math.ceil(math.log2(min(h, w)) / 2)
     while h % p or w % p:
         p //= 2
@@ -52,8 +54,9 @@ def block_side(h, w):
 class BlockAttention(nn.Module):
     """Self-attention within p x p blocks, or (dilated) over all blocks at one offset; HiT [66].
 
-    Paper: silent on heads and start. Heads have 64 channels (32 at 128). The output projection
-    starts at zero, so that phase 2 begins exactly at phase 1's reconstructions."""
+    The paper specifies neither the heads nor the initialization. We use heads of 64 channels (32
+    at 128), and a zero output projection: phase 2 then begins exactly at phase 1's reconstructions.
+    """
 
     def __init__(self, c, dilated):
         super().__init__()
@@ -63,7 +66,7 @@ class BlockAttention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        """x (B, C, h, w) -> the same shape: x plus what it attends to."""
+        """x (B, C, h, w) -> x plus attention, of the same shape."""
         b, c, h, w = x.shape
         p = block_side(h, w)
         t = self.norm(x).reshape(b, c, h // p, p, w // p, p)
@@ -85,13 +88,13 @@ class BlockAttention(nn.Module):
 class Encoder(nn.Module):
     """x (B, 3, S, S) -> z_hat (B, n_z, h, w), f = 2^(levels - 1).
 
-    Paper: Table 7 and the parameter counts disagree. This layout gives the counts (`python vq.py`):
-    two blocks a level, the first changes the channels; two more at the last level; average pooling;
-    one 1x1 quant_conv."""
+    Table 7 and the paper's parameter counts disagree. This layout matches the counts (run
+    `python vq.py`): two blocks per level, of which the first changes the channels; two more at the
+    last level; average pooling; one 1x1 quant_conv. recompute: gradient checkpointing per level."""
 
-    def __init__(self, channels, z_dim):
+    def __init__(self, channels, z_dim, recompute=False):
         super().__init__()
-        c = channels[0]
+        self.recompute, c = recompute, channels[0]
         self.stem = nn.Conv2d(3, c, 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
@@ -102,7 +105,6 @@ class Encoder(nn.Module):
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, z_dim, 1))
         self.quant_conv = nn.Conv2d(z_dim, z_dim, 1)
-        self.recompute = False  # True: levels keep only their input for the backward pass
 
     def forward(self, x):
         h = self.stem(x)  # (B, c_1, H, W)
@@ -114,12 +116,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z_q (B, n_z, h, w) -> x_hat (B, 3, h f, w f).
 
-    attention: pairs of block and dilated attention that end each level: 1 in phase 2, 2 in Table 1.
-    extra_blocks: residual blocks added to each level: 2 in Table 1's Conv x2."""
+    attention: number of (block, dilated) attention pairs at the end of each level: 1 in phase 2, 2
+    in Table 1. extra_blocks: residual blocks added to each level: 2 in Table 1's Conv x2."""
 
-    def __init__(self, channels, z_dim, attention=0, extra_blocks=0):
+    def __init__(self, channels, z_dim, attention=0, extra_blocks=0, recompute=False):
         super().__init__()
-        c = channels[-1]
+        self.recompute, c = recompute, channels[-1]
         self.stem = nn.Conv2d(z_dim, c, 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(reversed(channels)):
@@ -132,7 +134,6 @@ class Decoder(nn.Module):
             self.levels.append(nn.Sequential(*level))
             c = width
         self.head = nn.Sequential(norm(c), nn.SiLU(), nn.Conv2d(c, 3, 3, padding=1))
-        self.recompute = False  # as the encoder's
 
     def forward(self, z_q):
         h = self.stem(z_q)  # (B, c_last, h, w)
@@ -143,22 +144,39 @@ class Decoder(nn.Module):
 
 # ---------------------------------------------------------------------------------- quantizer
 
+def global_mean(tensor):
+    """Mean over the processes of torch.distributed, if there are several. Its gradient is that of
+    the local tensor: averaging gradients over processes, as DDP does, then gives the mean's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size() + tensor - tensor.detach()
+
+
+def gather_rows(tensor):
+    """Concatenate the rows of all processes in rank order (equal shapes, no gradient)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, tensor.contiguous())
+    return torch.cat(rows)
+
+
 class Quantizer(nn.Module):
     """Nearest code (Eq. 1), the last two terms of Eq. 2, Sec. 3.4's entropy term. Always fp32.
 
-    Any module that stands in for this one has
-        constructor        (codebook_size, z_dim, beta, gamma); the first is an attribute, too
+    A replacement must provide
+        constructor        (codebook_size, z_dim, beta, gamma), and the attribute codebook_size
         embed(indices)     (B, h, w) -> z_q (B, n_z, h, w)
-        forward(z_hat)     (B, n_z, h, w) -> z_q, indices (B, h, w), terms: a dict of scalars, of
-                           which terms["vq"] is added to the tokenizer's loss, the others are logged
-    and keeps what decides the codes in Parameters, which phase 2 freezes."""
+        forward(z_hat)     (B, n_z, h, w) -> z_q, indices (B, h, w), terms: a dict of scalars.
+                           terms["vq"] is added to the tokenizer's loss, the others are logged
+    and store all that determines the codes as Parameters, which phase 2 freezes."""
 
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.01):
         super().__init__()
         self.codebook_size, self.beta, self.gamma = codebook_size, beta, gamma
-        # A script on several processes puts runtime's function of that name here.
-        self.mean_over_processes = lambda soft_usage: soft_usage
-        # Paper: silent on the codebook's start. VQGAN's: no warm-up, no K-means.
+        # The paper does not specify the initialization. This is VQGAN's.
         start = torch.empty(codebook_size, z_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(start)
 
@@ -169,7 +187,8 @@ class Quantizer(nn.Module):
     def distances(self, z):
         """Squared L2 distances (N, K) of z (N, dim) to all codes, by a matrix product.
 
-        |z|^2 - 2 z.c + |c|^2 loses digits where all vectors share a large mean: it is taken off."""
+        |z|^2 - 2 z.c + |c|^2 loses digits if the vectors share a large mean, so it is subtracted.
+        """
         vectors = self.vectors()
         mean = vectors.detach().mean(0)
         z, vectors = z - mean, vectors - mean
@@ -192,28 +211,29 @@ class Quantizer(nn.Module):
             # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT.
             codebook = F.mse_loss(z_q, z.detach())
             commitment = F.mse_loss(z, z_q.detach())
-            # Sec. 3.4. Paper: "L2 distance" and "penalising" H. We take the squared distance (the
-            # plain one stays flat and fills nothing) and maximise H: minimising it would collapse
-            # the usage that it should smooth. The mean runs over all positions of the global
-            # batch: the 256 of one image can't use 1,024 codes.
+            # Sec. 3.4. The paper says "L2 distance". We square it: the softmax of plain distances
+            # stays flat and gives no gradient. The paper says "penalising" H. We maximize it:
+            # minimizing it would collapse the usage. We average over all positions of the global
+            # batch: the 256 positions of one image cannot use 1,024 codes.
             soft_usage = (-D).softmax(1).mean(0)  # D-bar, (K,)
             if self.training:
-                soft_usage = self.mean_over_processes(soft_usage)
+                soft_usage = global_mean(soft_usage)
             H = -(soft_usage * (soft_usage + 1e-10).log()).sum()
             vq = codebook + self.beta * commitment  # beta on the commitment term, as printed
             vq = vq + self.gamma * (math.log(self.codebook_size) - H)
             z_q = z + (z_q - z).detach()  # straight through: the decoder's gradient reaches z
             z_q, indices = z_q.reshape(shape).permute(0, 3, 1, 2), indices.reshape(shape[:3])
-            # In 256 dimensions from about 0.5 on the entropy term gives unused codes no gradient.
+            # With n_z = 256, once this standard deviation exceeds about 0.5, unused codes get no
+            # gradient from the entropy term.
             deviation = vectors.detach().std(0).mean()
             return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq,
                                   "code_deviation": deviation}
 
 
 def usage_and_perplexity(histogram):
-    """Counts (K,) of codes over a validation set -> share of codes hit at least once, exp of the
-    entropy (in codes), and the entropy itself in nats."""
-    histogram = histogram.cpu()  # MPS has no doubles
+    """Counts (K,) of codes over a validation set -> fraction of codes used at least once, exp of
+    the entropy (in codes), and the entropy in nats."""
+    histogram = histogram.cpu()  # MPS has no float64
     p = histogram.double() / histogram.sum()
     H = -(p * p.clamp(min=1e-12).log()).sum()
     return (histogram > 0).float().mean().item(), H.exp().item(), H.item()
@@ -224,16 +244,23 @@ def usage_and_perplexity(histogram):
 class VQModel(nn.Module):
     """The whole tokenizer. The defaults are the paper's phase 1; phase 2 has attention=1.
 
-    channels: a width per level, multiples of 16, above 128 of 64; f = 2^(levels - 1).
-    quantizer: a name in QUANTIZERS. attention, extra_blocks: see Decoder."""
+    channels: width of each level, a multiple of 16, and of 64 above 128. The downsampling factor
+    is f = 2^(levels - 1).
+    quantizer: a name in QUANTIZERS. attention, extra_blocks: see Decoder. recompute: gradient
+    checkpointing of each level."""
 
+    # More than five arguments: `config` makes the same model from a checkpoint.
     def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, quantizer="vq",
-                 codebook_size=1024, beta=0.25, gamma=0.01, attention=0, extra_blocks=0):
+                 codebook_size=1024, beta=0.25, gamma=0.01, attention=0, extra_blocks=0,
+                 recompute=False):
         super().__init__()
+        self.config = dict(channels=channels, z_dim=z_dim, quantizer=quantizer,
+                           codebook_size=codebook_size, beta=beta, gamma=gamma,
+                           attention=attention, extra_blocks=extra_blocks)
         self.f, self.attention = 2 ** (len(channels) - 1), attention
-        self.encoder = Encoder(channels, z_dim)
+        self.encoder = Encoder(channels, z_dim, recompute)
         self.quantizer = QUANTIZERS[quantizer](codebook_size, z_dim, beta, gamma)
-        self.decoder = Decoder(channels, z_dim, attention, extra_blocks)
+        self.decoder = Decoder(channels, z_dim, attention, extra_blocks, recompute)
 
     def encode(self, x):
         """x (B, 3, S, S) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the terms."""
@@ -241,10 +268,10 @@ class VQModel(nn.Module):
 
     def decode(self, z_q):
         """z_q (B, n_z, h, w) -> image (B, 3, S, S), about [-1, 1], not clamped."""
-        # More than 64 images are too many for the attention's kernels on a GPU.
+        # At most 64 images at a time: larger batches exceed the attention kernels' grid limits.
         parts = z_q.split(64) if self.attention else [z_q]
         x_hat = torch.cat([self.decoder(part) for part in parts])
-        # bf16 autocast, compiled or not: what sees it sees one type and one layout
+        # always fp32 and channels_last, so that compiled networks see one dtype and layout
         return x_hat.float().contiguous(memory_format=torch.channels_last)
 
     def decode_indices(self, indices):
@@ -273,7 +300,7 @@ def load_tokenizer(path, device="cpu"):
 
 
 def fingerprint(model):
-    """A hash of all that decides an image's codes: encoder and codebook. Phase 2 keeps it."""
+    """Hash of the encoder and the codebook, which determine the codes. Phase 2 keeps it."""
     digest = hashlib.sha256()
     for part in (model.encoder, model.quantizer):
         for name, p in sorted(part.named_parameters()):
@@ -284,54 +311,54 @@ def fingerprint(model):
 # ---------------------------------------------------------------- Table 5's other quantizers
 
 class KMeans(Quantizer):
-    """K-means of the newest 16,384 encoder outputs (a batch of 64 has as many) replaces the
-    codebook every 2,000 forward passes, until the 30,000th. All processes see all rows, the only
-    random draw is seeded by the pass, and the sums run on the CPU: so all get the same codebook."""
+    """K-means of the newest 16,384 encoder outputs (as many as a batch of 64 has) replaces the
+    codebook every 2,000 forward passes, until the 30,000th. All processes get the same codebook:
+    they see the same rows, draws are seeded by the pass, and the sums run on the CPU."""
 
     ROWS, EVERY, UNTIL = 16_384, 2_000, 30_000
 
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0):
         super().__init__(codebook_size, z_dim, beta, gamma)
-        self.gather_rows = lambda rows: rows  # a script puts runtime's function here
         self.register_buffer("passes", torch.zeros((), dtype=torch.long))
 
     def forward(self, z_hat):
         if self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
-            now = int(self.passes)
+            step = int(self.passes)
             self.passes += 1
-            if now % self.EVERY == 0 and now <= self.UNTIL:
-                z = self.gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
+            if step % self.EVERY == 0 and step <= self.UNTIL:
+                z = gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
                 if z.isfinite().all(1).any():
-                    centres = kmeans(z[-self.ROWS:], self.codebook_size, seed=now)
-                    self.codebook.data.copy_(centres)
+                    centers = kmeans(z[-self.ROWS:], self.codebook_size, seed=step)
+                    self.codebook.data.copy_(centers)
         return super().forward(z_hat)
 
 
 def kmeans(points, K, seed, rounds=10):
-    """Lloyd's algorithm on the CPU: points (N, dim) -> centres (K, dim). A centre without points
-    is put on a random one."""
+    """Lloyd's algorithm on the CPU: points (N, dim) -> centers (K, dim). An empty cluster is
+    re-seeded with a random point."""
     points = points.cpu()
-    points = points[points.isfinite().all(1)]  # a bad step must not decide
+    points = points[points.isfinite().all(1)]  # ignore non-finite rows
     generator = torch.Generator().manual_seed(seed)
 
-    def pick(n):
+    def random_points(n):
         return points[torch.randint(len(points), (n,), generator=generator)]
 
-    centres = points[torch.randperm(len(points), generator=generator)[:K]]
-    if len(centres) < K:
-        centres = torch.cat([centres, pick(K - len(centres))])
+    centers = points[torch.randperm(len(points), generator=generator)[:K]]
+    if len(centers) < K:
+        centers = torch.cat([centers, random_points(K - len(centers))])
     for _ in range(rounds):
-        nearest = torch.cdist(points, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        nearest = torch.cdist(points, centers).argmin(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points)
         counts = torch.bincount(nearest, minlength=K)
-        centres = sums / counts.clamp(min=1)[:, None]
+        centers = sums / counts.clamp(min=1)[:, None]
         empty = counts == 0
-        centres[empty] = pick(int(empty.sum()))
-    return centres
+        centers[empty] = random_points(int(empty.sum()))
+    return centers
 
 
 class Factorized(Quantizer):
-    """ViT-VQGAN's: codes and features of 32 dimensions on the unit sphere, z_q projected back."""
+    """ViT-VQGAN's: codes and features with 32 dimensions on the unit sphere; z_q is projected back.
+    """
 
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0, dim=32):
         down, up = nn.Linear(z_dim, dim), nn.Linear(dim, z_dim)

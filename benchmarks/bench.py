@@ -117,15 +117,23 @@ def compile_parts(*parts):
         part.compile(dynamic=False)
 
 
+def step_of(opts):
+    """Run.step of a run that has no folder."""
+    run = runtime.Run.__new__(runtime.Run)
+    run.skipped = run.skipped_in_a_row = 0
+    run.step(opts, 1e-4)
+
+
 class Tokenizer:
     """What train_tokenizer.py sets up before its loop, and its step. `off`: names of OFF."""
 
     def __init__(self, args, device, phase=1, off=()):
         words = ["--phase", phase, "--init", "", "--dtype", "fp32" if "bf16" in off else "auto"]
         self.flags = flags_of(args, *words)
-        self.off, self.averages = off, runtime.Averages()
-        self.model, self.disc, _ = train_tokenizer.build(self.flags, device)
+        self.off = off
+        self.model, self.disc = train_tokenizer.build_models(self.flags, device)
         self.perceptual = losses.PerceptualLoss(losses.VGG16(), self.flags.alpha).to(device)
+        self.networks = train_tokenizer.Networks(self.model, self.disc, self.perceptual)
         self.memory = torch.contiguous_format if "channels_last" in off else torch.channels_last
         self.model.to(memory_format=self.memory)
         self.disc.to(memory_format=self.memory)
@@ -133,28 +141,29 @@ class Tokenizer:
             self.perceptual.weights = dict.fromkeys(losses.LAYERS, 0.0) | self.perceptual.weights
         if "frozen" in off:
             self.perceptual.requires_grad_(True)
-            self.disc.requires_grad_ = lambda _: self.disc
+            self.disc.requires_grad_(True).requires_grad_ = lambda _: self.disc
         adam = partial(torch.optim.Adam, foreach=False) if "fused" in off else partial(
             torch.optim.Adam, fused=True)
         trained = self.model if phase == 1 else self.model.decoder
-        opts = [adam(net.parameters(), betas=(0.9, 0.99)) for net in (trained, self.disc)]
-        self.optimizers = runtime.Optimizers(None, *opts)
+        self.opts = [adam(net.parameters(), betas=(0.9, 0.99)) for net in (trained, self.disc)]
         if args.compile and "compile" not in off:
             compile_parts(self.model.encoder, self.model.decoder, self.perceptual.net, self.disc)
         shape = args.batch_size, 3, self.flags.image_size, self.flags.image_size
         images = torch.randint(256, shape, dtype=torch.uint8)
         self.images, self.device = images.pin_memory() if device.type == "cuda" else images, device
 
-    def step(self, penalise=False, images=None):
-        """A step, with R1 if `penalise`. Its terms go to self.averages."""
+    def step(self, with_r1=False, images=None):
+        """A step as in train_tokenizer.py, with R1 or without."""
         x = data.to_float(self.images if images is None else images, self.device)
-        xs = [x.contiguous(memory_format=self.memory)]
-        x_hats = train_tokenizer.tokenizer_step(
-            self.model, self.disc, self.perceptual, xs, self.flags, 0.1, True, self.averages)
-        penalise = penalise or "lazy" in self.off
-        train_tokenizer.discriminator_step(
-            self.disc, xs, x_hats, self.flags, penalise, self.averages)
-        self.optimizers.step(1e-4)
+        x, flags = x.contiguous(memory_format=self.memory), self.flags
+        loss, x_hat, _ = train_tokenizer.tokenizer_loss(self.networks, x, flags.disc_ramp, flags)
+        loss.backward()
+        self.disc.requires_grad_(True)
+        train_tokenizer.discriminator_loss(self.disc, x, x_hat.detach(), flags)[0].backward()
+        if with_r1 or "lazy" in self.off:
+            train_tokenizer.backward_r1(self.disc, x, flags.r1 / 2 * train_tokenizer.R1_EVERY)
+        self.disc.requires_grad_(False)
+        step_of(self.opts)
         if "frozen" in self.off:
             self.perceptual.zero_grad()
 
@@ -202,17 +211,19 @@ def priors(args, device, table, sample):
         for kind in ("ar", "nar"):
             model = transformer.Transformer(kind, name, K, N, flags.classes).to(device)
             opt = torch.optim.AdamW(model.param_groups(), fused=True)
-            optimizers, labels = runtime.Optimizers(None, opt), torch.arange(b, device=device)
-            cache = rng.integers(K, size=(b, N)), rng.integers(flags.classes, size=b)
+            labels = torch.arange(b, device=device)
+            cache = np.empty(b, [("codes", np.uint16, N), ("label", np.int32)])
+            cache["codes"] = rng.integers(K, size=(b, N))
+            cache["label"] = rng.integers(flags.classes, size=b)
             if args.compile and not sample:
                 compile_parts(model)
 
-            def train(model=model, cache=cache, optimizers=optimizers):
-                indices, labels = train_prior.fetch(cache, np.arange(b), flags, device)
+            def train(model=model, cache=cache, opt=opt):
+                indices, labels = train_prior.load_codes(cache, np.arange(b), flags, device)
                 u = torch.rand(b, N + 2, device=device)
                 corrupted = model.corrupt(indices, labels, u)
                 train_prior.prior_step(model, [(indices, *corrupted)], flags)
-                optimizers.step(1e-4)
+                step_of([opt])
 
             def draw(model=model, labels=labels):
                 with runtime.autocast(device, "auto"):

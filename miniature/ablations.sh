@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Tables 1, 5 and 6 in miniature: one phase, an AR prior on each tokenizer. Goes on where it was stopped.
+# Tables 1, 5 and 6 in miniature: one phase, an AR prior on each tokenizer. The same command resumes.
 #
-#     bash miniature/demo.sh && bash miniature/ablations.sh    # needs demo.sh's networks and start; in ablations/
+#     bash miniature/demo.sh && bash miniature/ablations.sh    # needs demo.sh's networks and its initial checkpoint; writes ablations/
 #     ABLATIONS="plain entropy" bash miniature/ablations.sh    # some rows only
 #     ABLATIONS_SEED=1 ABLATIONS_OUT=ablations1 bash miniature/ablations.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO_OUT:-demo} out=${ABLATIONS_OUT:-ablations} seed=${ABLATIONS_SEED:-0} steps=${ABLATIONS_STEPS:-1500}
-priors=${ABLATIONS_PRIORS:-8000}
+priors=${ABLATIONS_PRIORS:-4000}
 export OMP_NUM_THREADS=1
 rows=${ABLATIONS:-plain entropy kmeans factorized base sem D E A B C conv attention long}
 [ -e "$demo/train.npz" ] || { echo "ablations.sh: $demo/train.npz is missing: run demo.sh first" >&2; exit 2; }
 
-# A stage is a command that is told of signals at once, saves, and ends all after it.
+# Each stage runs as a background job, so that signals reach it immediately; it saves, and the script ends.
 child=""
 stop() {
   trap '' INT TERM
@@ -31,11 +31,11 @@ flags() {  # what a row changes
     conv) echo "$scratch --extra_blocks 2" ;;
     attention) echo "$scratch --attention 2" ;;
     long) echo "$scratch --iters $((2 * steps))" ;;
-    # Table 5: how the codebook is kept in use; so here it begins at random, as in the paper
+    # Table 5: how the codebook is kept in use; so it is initialized at random, as in the paper
     plain) echo "$scratch --gamma 0" ;;
     entropy) echo "$scratch" ;;
     kmeans | factorized) echo "$scratch --quantizer $1" ;;
-    # Table 6: layers of the perceptual loss; from demo.sh's common start
+    # Table 6: layers of the perceptual loss; from demo.sh's initial checkpoint
     base) echo "$start --alpha 0" ;;
     A) echo "$start --perceptual_layers relu1_2 relu2_2 relu3_3 relu4_3 relu5_3 logit" ;;
     B) echo "$start --perceptual_layers relu2_2 relu3_3 relu4_3 relu5_3 logit" ;;
@@ -55,7 +55,7 @@ row() {
     --l1_weight 0.5 --adv_weight 0 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
     --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
-  run python train_prior.py $common --size tiny --views 1 --batch_size 16 --iters "$priors" --lr 2e-3 --lr_end 1e-4 \
+  run python train_prior.py $common --size tiny --views 1 --batch_size 64 --iters "$priors" --lr 1e-3 --lr_end 1e-4 \
     --decay_start 0 --dropout 0 --eval_every 500 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
   finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --count 2000 \
     --batch_size 100 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar1"
@@ -65,7 +65,7 @@ row() {
 
 for name in $rows; do flags "$name" > /dev/null; done  # ends here if one of them is no row
 mkdir -p "$out"
-# The pictures are written out once: drawing them anew for every row would cost more than reading.
+# The images are written once: drawing them for every row would take longer than reading.
 data=$(python -c "import sys, torch; print(torch.load(sys.argv[1], 'cpu', weights_only=True, mmap=True)['args']['data'])" \
   "$demo/start/ckpt.pt")
 for part in "train 8000" "val 1000"; do

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# The paper in miniature: tokenizers at alpha 0 and alpha 1 from a common start, priors on their codes, samples.
+# The paper in miniature: tokenizers at alpha 0 and alpha 1 from a shared initial checkpoint, priors on their codes, samples.
 #
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # plain pictures; 1: any light, confetti all over
-#     python miniature/figures.py demo demo1 demo2         # the tables over several seeds
+#     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # plain drawings; 1 (default): any light and color, confetti
+#     python miniature/figures.py demo demo1 demo2         # tables over several seeds
 #
-# Stop it when you like: the same command goes on. docs/miniature.md has longer runs. Pictures are 32 x 32 (4 x 4 codes,
-# f = 8), networks have about a million parameters. Each alpha has a core of its own: two processes of one thread are
-# faster than one of two.
+# Stop it whenever you like: the same command resumes. docs/miniature.md has the longer runs of its tables. Images are 32 x 32
+# (4 x 4 codes, f = 8), networks have about a million parameters. Each alpha uses one core: two processes with one thread each
+# are faster than one process with two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-0.25}
-steps=${DEMO_STEPS:-600}       # of the common start; the other stages follow it
-priors=${DEMO_PRIORS:-$((steps * 4))}
-samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out pictures
-cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # how many alphas at a time
+out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
+steps=${DEMO_STEPS:-600}       # of the shared initial checkpoint; the other stages of the tokenizers follow it
+priors=${DEMO_PRIORS:-$((steps * 2))}  # of an AR prior; a NAR prior takes half as many again
+samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out images
+temperature=${DEMO_TEMPERATURE:-9}  # choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7
+cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # number of alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors DEMO_SAMPLES=$samples"
@@ -28,7 +29,7 @@ path, command = Path(sys.argv[1]), sys.argv[2]
 if path.exists():
     held = json.loads(path.read_text())["command"]
     sys.exit(0 if held == command else f"{path.parent} holds another run, {held}: choose another DEMO_OUT")
-import torch  # takes seconds, and a run that goes on does not need it
+import torch  # takes seconds, and a resumed run does not need it
 commit = subprocess.getoutput("git describe --always --dirty")
 processor = subprocess.getoutput("sed -n 's/^model name.*: //p' /proc/cpuinfo 2> /dev/null | head -n 1")
 gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -36,7 +37,7 @@ path.write_text(json.dumps({"command": command, "commit": commit, "processor": p
                             "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}))
 END
 
-# --- how it is run: a stage is a command that is told of signals at once, saves, and ends all after it
+# --- each stage runs as a background job, so that signals reach it immediately; it saves, and the script ends
 child=""
 stop() {
   trap '' INT TERM
@@ -49,43 +50,45 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 log() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
-# --- what all training shares; networks this small gain nothing from torch.compile
+# --- flags that all training shares; networks as small as these gain nothing from torch.compile
 data=shapes:clutter=$clutter
 common="--data $data --image_size 32 --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --vgg $out/vgg/ckpt.pt --batch_size 16 --eval_every 250 --seed $seed"
-# The paper's perceptual loss, of raw VGG16, leads L1, and so it should here. A small network's layers are divided by their
-# variance: its two of alpha 1 do so where L1 weighs a half. Without a discriminator: one that learns from a few thousand small
-# batches draws stripes and strange colours (docs/LOG.md).
+# In the paper the perceptual loss dominates L1, as raw VGG16 features are large. The layers of our small network are divided by
+# their variance; with L1 at weight 0.5 the two layers of alpha 1 dominate as well. There is no discriminator: one that learns
+# from a few thousand small batches draws stripes and false colors (docs/LOG.md).
 weights="--l1_weight 0.5 --adv_weight 0"
-prior="$common --size tiny --views 1 --batch_size 16 --lr 2e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 400"
+# With batches of 16 at a learning rate of 2e-3 a NAR prior never learns to use the other codes (docs/LOG.md).
+prior="$common --size tiny --views 1 --batch_size 64 --lr 1e-3 --lr_end 1e-4 --decay_start 0 --dropout 0"
 
-# The network of the loss, and an independent one to evaluate with. Both learn the parts of the monsters.
+# The network of the loss, and an independent one for evaluation. Both learn to classify the parts of the monsters.
 classifier() { run python miniature/train_vgg.py $common --iters $((steps * 3 / 4)) --eval_every 250 --seed "$1" --out "$out/$2"; }
 
-# FD of samples to five times as many training pictures, in the independent network's features.
+# FD of samples to five times as many training images, in the independent network's features.
 evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" --features "$out/classifier/ckpt.pt" \
   --workers 0 --json "$2"; }
 
 job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind name options
   trap stop INT TERM  # a subshell forgets its traps
-  log "phase 1: from the common start, Eq. 4 with alpha $alpha"
+  log "phase 1: from the shared initial checkpoint, Eq. 4 with alpha $alpha"
   run python train_tokenizer.py $tokenizer $weights --init "$out/start/ckpt.pt" --alpha "$alpha" --iters $((steps * 3 / 4)) \
     --lr 1e-3 --lr_end 1e-4 --out "$folder/phase1"
-  log "phase 2: encoder and codebook fixed; the decoder, with attention now, is finetuned with alpha 0"
+  log "phase 2: encoder and codebook are frozen; the decoder, now with attention, is finetuned with alpha 0"
   run python train_tokenizer.py $tokenizer --phase 2 --init "$folder/phase1/ckpt.pt" --iters $((steps / 2)) --lr 1e-3 \
     --lr_end 1e-4 --l1_weight 1 --out "$folder/phase2"
   for phase in 1 2; do
     finished "$folder/phase$phase.json" || run python fid.py --real "$data" --split val --count "$samples" --workers 0 \
       --tokenizer "$folder/phase$phase/ckpt.pt" --features "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
-  for name in ar ar_second nar; do  # one prior decides nothing: a second one of another seed
-    kind=${name%_second}
+  for name in ar ar_second nar; do  # one prior is no evidence: a second one with another seed
+    kind=${name%_second} iters=$priors
+    [ $kind = ar ] || iters=$((priors * 3 / 2))
     log "a $kind prior on phase 1's codes, which are phase 2's as well"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
-      --iters "$priors" --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
+      --iters "$iters" --eval_every $((iters / 10)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
     options="--prior $folder/$name/best.pt --count $samples --batch_size 100"
-    [ $kind = ar ] || options="$options --choice_temperature 4.5"  # MaskGIT's: better here than Table 10's 0.45
+    [ $kind = ar ] || options="$options --choice_temperature $temperature"
     for phase in 1 2; do  # the same sampled codes, decoded by either phase
       finished "$folder/$name$phase/samples.npz" || run python sample.py $options \
         --tokenizer "$folder/phase$phase/ckpt.pt" --out "$folder/$name$phase"
@@ -95,13 +98,13 @@ job() {  # everything about one alpha
 }
 
 began=$SECONDS
-log "two small classifiers: the network of the loss, and another to evaluate with"
+log "two small classifiers: the network of the loss, and another one for evaluation"
 (trap stop INT TERM; classifier 1 vgg) > "$out/vgg.log" 2>&1 & other=$!
 classifier 2 classifier
 wait "$other" || { cat "$out/vgg.log"; exit 1; }
 finished "$out/train.npz" || run python fid.py --real "$data" --split train --count $((5 * samples)) --image_size 32 \
   --workers 0 --features "$out/classifier/ckpt.pt" --save "$out/train.npz"
-log "the common start: a tokenizer at alpha 0"
+log "the shared initial checkpoint: a tokenizer at alpha 0"
 run python train_tokenizer.py $tokenizer $weights --alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 \
   --iters "$steps" --lr 1.5e-3 --lr_end 1e-3 --vq_start $((steps / 10)) --out "$out/start"
 
@@ -109,8 +112,8 @@ for alpha in $alphas; do
   while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do sleep 1; done
   (job "$alpha") 2>&1 | (trap '' INT TERM; while IFS= read -r line; do echo "alpha $alpha | $line"; done) &
 done
-wait  # a job that failed has said why; figures.py then misses its files and ends this script with an error
+wait  # a failed job has printed its error; figures.py then fails on the missing files
 
-log "what came out. One seed decides nothing; docs/miniature.md has more:"
+log "results of one seed, with short runs; docs/miniature.md has three seeds and longer runs:"
 run python miniature/figures.py "$out"
 echo "done in $(((SECONDS - began) / 60)) minutes; look at $out/view.png, $out/samples.png and $out/phases.png"

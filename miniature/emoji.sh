@@ -24,7 +24,7 @@ for a in 0 1; do
   python train_tokenizer.py $tokenizer --init runs/start/ckpt.pt --alpha $a --iters 1000 --lr 1e-3 --lr_end 1e-4 --out runs/phase1-$a
   python train_tokenizer.py $tokenizer --phase 2 --init runs/phase1-$a/ckpt.pt --iters 500 --lr 1e-3 --lr_end 1e-4 \
     --l1_weight 1 --adv_weight 0.1 --out runs/phase2-$a
-  python train_prior.py $common --tokenizer runs/phase1-$a/ckpt.pt --size tiny --batch_size 16 --lr 2e-3 --lr_end 1e-4 \
+  python train_prior.py $common --tokenizer runs/phase1-$a/ckpt.pt --size tiny --batch_size 64 --lr 1e-3 --lr_end 1e-4 \
     --decay_start 0 --iters 4000 --eval_every 500 --out runs/ar-$a
   for t in phase1-$a phase2-$a; do
     python fid.py --real emoji --split val --tokenizer runs/$t/ckpt.pt --features runs/net2/ckpt.pt

@@ -43,9 +43,12 @@ ROWS = [
     ("fd", "FD of reconstructions", 2, "lower"),
     ("usage", "codes used, %", 1, ""),
     ("H", "unigram entropy of the codes H, nats", 2, ""),
-    ("ar_loss", "AR: validation loss, nats a code", 3, "lower"),
-    ("nar_loss", "NAR: validation loss, nats a masked code", 3, "lower"),
+    ("ar_loss", "AR: validation loss, nats per token", 3, "lower"),
+    ("nar_loss", "NAR: validation loss, nats per masked token", 3, "lower"),
     ("gain", "AR: gain over the unigram entropy, nats", 3, "higher"),
+    ("nar_gain", "NAR: gain over the unigram entropy, nats", 3, "higher"),
+    ("ar_context", "AR: loss at the first position less the mean, nats", 2, ""),
+    ("nar_context", "NAR: loss with no code known less with all but one known, nats", 2, ""),
     ("top1", "AR: teacher-forced top-1 accuracy, %", 1, "higher"),
     ("ar_fd_2", "AR samples, phase 2: FD, mean of two priors", 2, "lower"),
     ("ar_fd_2_apart", "   the two priors differ by", 2, ""),
@@ -67,7 +70,7 @@ METHOD = [("ar_fd", "FD of AR samples", 2, "lower"),
           ("ar_score", "inception score of AR samples over the parts", 3, "higher"),
           ("ar_body", "AR samples: body as asked for, %", 1, "higher")]
 # What alpha 1 gains, against clutter: name, what it is, and the sign of a gain.
-GAINS = [("ar_loss", "AR loss, nats a code", -1), ("ar_fd_2", "FD of AR samples", -1),
+GAINS = [("ar_loss", "AR loss, nats per token", -1), ("ar_fd_2", "FD of AR samples", -1),
          ("ar_score_2", "inception score over the parts", 1),
          ("ar_body_2", "body as asked for, %", 1)]
 
@@ -119,6 +122,34 @@ def load(folder, count):
     x, labels, parts = held_out(saved["args"]["data"], saved["args"]["image_size"], count)
     s = one.encode(x)[1]  # (n, h, w)
     return one, two, x, parts, s, prior(s.flatten(1), labels).argmax(-1).view_as(s)
+
+
+@torch.no_grad()
+def losses_by_context(prior, s, labels):
+    """Loss in nats per token against the number of known codes, 0 to N - 1. AR: at each position.
+    NAR: of the masked codes when so many others, chosen at random, are known. s (n, N)."""
+    n, N = s.shape
+    if prior.kind == "ar":
+        losses = torch.nn.functional.cross_entropy(
+            prior(s, labels).transpose(1, 2), s, reduction="none")
+        return losses.mean(0).tolist()
+    order = torch.rand(n, N, generator=torch.Generator().manual_seed(0)).argsort(1)
+    found = []
+    for known in range(N):
+        mask = order >= known
+        total, count = prior.loss(prior(s.masked_fill(mask, prior.mask_id), labels), s, mask)
+        found.append((total / count).item())
+    return found
+
+
+def context_of(folder, kind):
+    """losses_by_context of a prior of one alpha, on all held-out images."""
+    prior, state = load_prior(folder / kind / "best.pt")
+    tokenizer, saved = vq.load_tokenizer(folder / "phase1" / "ckpt.pt")
+    count = len(data.open_source(saved["args"]["data"], "val"))
+    x, labels, _ = held_out(saved["args"]["data"], saved["args"]["image_size"], count)
+    s = torch.cat([tokenizer.encode(part)[1].flatten(1) for part in x.split(500)])
+    return losses_by_context(prior, s, labels)
 
 
 def explained(spec, size=32, fit=1500, test=500):
@@ -188,6 +219,11 @@ def measure(run):
         values["ar_loss"] = statistics.mean(lowest(folder / p)["loss"] for p in AR_PRIORS)
         values["nar_loss"] = lowest(folder / "nar")["loss"]
         values["gain"] = values["H"] - values["ar_loss"]
+        values["nar_gain"] = values["H"] - values["nar_loss"]
+        by_context = {kind: context_of(folder, kind) for kind in ("ar", "nar")}
+        values["ar_context"] = by_context["ar"][0] - statistics.mean(by_context["ar"])
+        values["nar_context"] = by_context["nar"][0] - by_context["nar"][-1]
+        values["by_context"] = by_context
         values["ratio"] = values["ar_fd_2"] / values["fd_2"]
         figures[alpha] = values
     return figures
@@ -263,7 +299,9 @@ def tables(runs):
              lambda f: min(f[low]["ratio"], f[high]["ratio"]) >= 2.5),
             ("all codes used (99 %)", lambda f: min(f[low]["usage"], f[high]["usage"]) >= 99),
             ("the parts explain at most 15 % of the pixels' variance",
-             lambda f: f[high]["explained"] <= 15)):
+             lambda f: f[high]["explained"] <= 15),
+            ("NAR gains from context at least 0.6 of what AR gains",
+             lambda f: min(f[a]["nar_context"] / f[a]["ar_context"] for a in (low, high)) >= 0.6)):
         lines.append(f"- condition: {text}: {sum(map(holds, runs))} of {len(runs)} seed(s)")
     return "\n".join(lines) + "\n"
 
@@ -367,17 +405,24 @@ def plotting():
     return True
 
 
+def images_seen(run):
+    """Training images per step of a run."""
+    state = torch.load(Path(run) / "ckpt.pt", map_location="cpu", weights_only=True, mmap=True)
+    return state["args"]["batch_size"]
+
+
 def curves(folders, runs, path):
-    """Fig. 10: validation loss against step; Fig. 5b: FD against alpha. One line a seed."""
+    """Fig. 10: validation loss against images seen; Fig. 5b: FD against alpha. A line per seed."""
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axis, kind in zip(axes, ("ar", "nar")):
         for i, alpha in enumerate(sorted(set.intersection(*map(set, runs)))):
             for j, folder in enumerate(folders):
-                lines = validation(alphas(folder)[alpha] / kind)
-                axis.plot([v["step"] for v in lines], [v["loss"] for v in lines], f"C{i}",
+                run = alphas(folder)[alpha] / kind
+                lines, batch = validation(run)[1:], images_seen(run)
+                axis.plot([v["step"] * batch for v in lines], [v["loss"] for v in lines], f"C{i}",
                           label=None if j else f"alpha {alpha:g}")
-        axis.set(title=f"{kind.upper()} prior", xlabel="step", ylabel="validation loss, nats")
+        axis.set(title=f"{kind.upper()} prior", xlabel="images seen", ylabel="validation loss")
         axis.legend()
     for i, (name, text) in enumerate((("fd", "reconstructions"), ("ar_fd", "AR samples"),
                                       ("nar_fd", "NAR samples"))):
@@ -386,6 +431,22 @@ def curves(folders, runs, path):
                              f"C{i}o-", label=None if j else text)
     axes[2].set(title="phase 1: FD against alpha", xlabel="alpha", ylabel="FD")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def context_plot(runs, path):
+    """Loss of both priors against the number of known codes. One line per seed."""
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    titles = {"ar": "AR: position (codes before it)", "nar": "NAR: known codes"}
+    for axis, (kind, title) in zip(axes, titles.items()):
+        for i, alpha in enumerate(sorted(set.intersection(*map(set, runs)))):
+            for j, figures in enumerate(runs):
+                axis.plot(figures[alpha]["by_context"][kind], f"C{i}.-",
+                          label=None if j else f"alpha {alpha:g}")
+        axis.set(title=title, xlabel="number of known codes", ylabel="loss, nats per token")
+        axis.legend()
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
@@ -498,6 +559,7 @@ def main():
                   if all(alpha in found for found in runs)}, out)
         if plots:
             curves(args.runs, runs, out / "curves.png")
+            context_plot(runs, out / "context.png")
 
 
 if __name__ == "__main__":

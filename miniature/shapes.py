@@ -4,7 +4,6 @@
     python data.py --data shapes:clutter=0         # the same monsters, drawn plain
 """
 import colorsys
-import hashlib
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -101,10 +100,12 @@ class Shapes:
     clutter in [0, 1]: how much nuisance there is. At 1 a linear regression on the parts explains a
     ninth of the pixels' variance (a label explains little of a photograph, too), at 0 most."""
 
-    classes, kinds, splits = PARTS["body"], KINDS, True
+    classes, kinds, has_splits = PARTS["body"], KINDS, True
     SIZES = {"train": 30_000, "val": 2_000}
 
     def __init__(self, split="train", clutter=1.0):
+        if not 0 <= clutter <= 1:
+            raise SystemExit(f"shapes:clutter={clutter:g}: clutter must be in [0, 1]")
         self.n, self.first, self.fine = self.SIZES[split], 12_000_000 * (split != "train"), False
         self.clutter = clutter
 
@@ -121,11 +122,7 @@ class Shapes:
     def name(self, i):
         return f"picture {self.first + i}"
 
-    def signature(self):  # codes of pictures that were drawn in another way are others
-        first = draw(self.first, 32, self.clutter).tobytes()
-        return hashlib.sha256(f"shapes {self.first} {self.n}".encode() + first).hexdigest()[:16]
-
-    def load(self, i, size=0, fast=False):
+    def load(self, i, size=0):
         return draw(self.first + i, size or 256, self.clutter), self.label(i)
 
 

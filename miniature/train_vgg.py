@@ -9,6 +9,7 @@ process: it is small.
 """
 import argparse
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,23 +22,21 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import runtime  # noqa: E402
 
-FIXED = ("seed", "batch_size", "image_size", "crop", "widths", "attack")  # while a run goes on
-
 
 def parse():
     parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3,
                                image_size=64, log_every=100, eval_every=500)
-    parser.add_argument("--widths", type=int, nargs=5, default=[16, 32, 64, 96, 128],
+    parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
+                        default=[16, 32, 64, 96, 128],
                         help="channels of its stages")
-    parser.add_argument("--attack", type=float, default=0.05,
-                        help="each batch is learnt twice, the second time with every pixel moved "
-                             "by up to this much (of [-1, 1]) against the network: else a decoder "
-                             "learns patterns that please this network alone; 0: once, for "
-                             "classes of few pictures")
-    given, flags = runtime.read_flags(parser)
-    saved = runtime.resumed_flags(flags | given, given, "vgg", FIXED)
-    return argparse.Namespace(**flags | saved | given)
+    parser.add_argument("--attack", type=runtime.at_least(0, float), default=0.05,
+                        help="FGSM epsilon (of [-1, 1]): each batch is learned a second time, "
+                             "adversarially perturbed. Otherwise a decoder learns patterns that "
+                             "only this network likes. 0: off, for classes with few images")
+    given, defaults = runtime.parse_flags(parser)
+    saved = runtime.resumed_flags(given, defaults, "vgg")
+    return argparse.Namespace(**defaults | saved | given)
 
 
 def perturb(x, generator):
@@ -65,19 +64,19 @@ def cross_entropy(logits, labels, kinds, **options):
     return sum(F.cross_entropy(part, y, **options) for part, y in parts), right
 
 
-def validate(net, batches, device, unreadable):
+def validate(net, val, run, args, device):
     """Cross-entropy and accuracy on the validation set; the latter of each softmax, too."""
     loss = right = n = 0
-    for images, labels, reasons in batches:
-        unreadable.note(reasons)
-        good = [not reason for reason in reasons]
-        if not any(good):
-            continue
-        with runtime.evaluating(net, device, "fp32"):
-            logits = net(data.to_float(images[good], device), ("logit",))["logit"]
-        terms = cross_entropy(logits, labels[good].to(device), net.config["kinds"])
-        loss, right = (total + sum(good) * term for total, term in zip((loss, right), terms))
-        n += sum(good)
+    images = data.EvalImages(val, args.image_size)
+    batches = data.eval_loader(images, 200, 0, device, 5000)
+    for batch, labels in data.until_unreadable(batches, run):
+        with runtime.eval_mode(net, device, "fp32"):
+            logits = net(data.to_float(batch, device), ("logit",))["logit"]
+        terms = cross_entropy(logits, labels.to(device), net.config["kinds"])
+        n += len(batch)
+        loss, right = (total + len(batch) * term for total, term in zip((loss, right), terms))
+    if run.error:
+        return {"loss": torch.tensor(torch.nan)}
     each = {f"accuracy_{i}": share for i, share in enumerate((right / n).tolist())}
     return {"loss": loss / n, "accuracy": right.mean() / n} | each
 
@@ -88,11 +87,11 @@ def measure_scale(net, batches, device):
     its elements of each element's variance."""
     net.eval()
     n, sums, squares = 0, [0] * len(losses.LAYERS), [0] * len(losses.LAYERS)
-    for images, _, reasons in batches:
-        x = data.to_float(images[[not reason for reason in reasons]], device)
+    for images, _ in batches:
+        x = data.to_float(images, device)
         n += len(x)
         for i, f in enumerate(net(x, losses.LAYERS).values()):
-            f = f.cpu().double()  # MPS has no doubles
+            f = f.cpu().double()  # MPS has no float64
             sums[i] = sums[i] + f.sum(0)
             squares[i] = squares[i] + f.square().sum(0)
     variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
@@ -103,7 +102,7 @@ def measure_scale(net, batches, device):
 def main():
     args = parse()
     device, compiled = runtime.setup(args)
-    if runtime.world() > 1:
+    if runtime.world_size() > 1:
         raise SystemExit("train_vgg.py runs in one process: start it with python, not torchrun")
     run = runtime.Run(args, "vgg", shown=("loss", "accuracy", "skipped"))
     source, val = data.open_data(args, labels=True)
@@ -115,42 +114,41 @@ def main():
     torch.manual_seed(args.seed)
     net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-    start = run.resume(model=net, opt=opt)
+    start, _ = run.resume(model=net, opt=opt)
     if compiled:
         net.compile(dynamic=False)
 
     stream = data.TrainImages(source, args.image_size, args.crop, args.seed)
-    batches = iter(data.train_loader(stream, args, start, device))
-    scale_batches = data.eval_loader(data.EvalImages(source, args.image_size), 64, 0, device,
-                                     1024)
-    val_batches = data.eval_loader(data.EvalImages(val, args.image_size), 200,
-                                   min(args.workers, 2), device, 5000)
-    unreadable, averages = data.Unreadable(source), runtime.Averages()
-    unreadable_val, optimizers = data.Unreadable(val), runtime.Optimizers(run, opt)
+    batches = data.until_unreadable(data.train_loader(stream, args, start, device), run)
+    scale_images = data.EvalImages(source, args.image_size)
+    scale_batches = data.eval_loader(scale_images, 64, 0, device, 1024)
+    averages = runtime.Averages()
 
-    def save(step):
-        with runtime.evaluating(net, device, args.dtype, eager=True):
-            logits = net(batch[0][0], ("logit",))["logit"]
-        if optimizers.sound(step, logits):
-            measure_scale(net, scale_batches, device)  # a stopped run's file, too, must fit
-            run.save(step, run.ckpt, model=net.state_dict(), opt=opt.state_dict(),
-                     config=net.config, classes=list(source.classes))
+    def save(step, **more):
+        if not run.error:  # a stopped run's file must be usable, too
+            measure_scale(net, scale_batches, device)
+        run.save(step, model=net, opt=opt, config=net.config, classes=list(source.classes), **more)
 
-    def evaluate(step):
-        run.log(step, "val", **validate(net, val_batches, device, unreadable_val))
+    micro_batches = list(islice(batches, args.accum))
+    for step in range(start, args.iters + 1):
+        if run.should_stop():
+            save(step)
+            run.exit()
+        if run.validation_is_due(step):
+            values = validate(net, val, run, args, device)
+            run.log(step, "val", **values)
+            run.validated = step
+            save(step, loss=float(values["loss"]))
+        if step == args.iters:
+            break
 
-    if run.missed(start):
-        evaluate(start)
-    for step in range(start, args.iters):
         batch = []
-        for a in range(args.accum):
-            x, y, reasons = next(batches)
-            unreadable.note(reasons)
+        for a, (x, y) in enumerate(micro_batches):
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
-            generator = torch.Generator().manual_seed(runtime.seed_of(args.seed, step, a))
+            generator = torch.Generator().manual_seed(runtime.mix_seeds(args.seed, step, a))
             batch.append((perturb(x, generator).requires_grad_(args.attack > 0), y))
         for attacked in (False, True) if args.attack else (False,):
-            if attacked:  # FGSM; its size rises from 0, so that what is new is learnt undisturbed
+            if attacked:  # FGSM; epsilon rises from 0
                 size = args.attack * step / args.iters
                 batch = [((x + size * x.grad.sign()).detach(), y) for x, y in batch]
             for x, y in batch:
@@ -159,18 +157,10 @@ def main():
                 loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
                 (loss / args.accum).backward()
                 averages.add(loss=loss, accuracy=right.mean())
-            optimizers.step(runtime.cosine(step, args.iters, args.lr, 0))
-
-        done = step + 1
-        if run.due(done, args.log_every):
-            run.log(done, "train", skipped=optimizers.skipped, **averages.means())
-        stop, due = run.stopping(unreadable.too_many()), run.due(done, args.eval_every)
-        if stop and not optimizers.in_a_row:  # else after the next step that is not skipped
-            save(done)
-            run.leave()
-        if due:
-            save(done)
-            evaluate(done)
+            run.step([opt], runtime.cosine(step, args.iters, args.lr, 0))
+        if run.due(step + 1, args.log_every):
+            run.log(step + 1, "train", skipped=run.skipped, **averages.pop())
+        micro_batches = list(islice(batches, args.accum))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Shared by the tests: running the scripts as a user would, in this process or by torchrun."""
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,29 +35,39 @@ PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
 
 
 @pytest.fixture(autouse=True)
-def few_shapes(monkeypatch):
-    """A small drawn data set."""
+def fresh(monkeypatch):
+    """A small drawn data set, and no unreadable image that an earlier test has reported."""
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 12})
+    monkeypatch.setattr(data, "reported", set())
 
 
 @pytest.fixture
 def script(monkeypatch):
     """script("train_tokenizer", "--iters", 3): its main() with these words as the command line."""
+    before = {number: signal.getsignal(number) for number in (*runtime.SIGNALS, signal.SIGCHLD)}
+
     def call(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         try:
             return importlib.import_module(name).main()
-        finally:  # a Run handles them
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        except BaseException as error:
+            while error:  # data workers end when no frame refers to their loader any more
+                traceback.clear_frames(error.__traceback__)
+                error = error.__context__
+            raise
+        finally:  # the others ignore the SIGTERM that would end them with this process
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in (p for p in multiprocessing.active_children() if p.daemon):
+                worker.kill()
+                worker.join()
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return call
 
 
 @pytest.fixture
 def refused(script, capsys):
-    """refused("sample", "--count", 0): the one sentence with which the script ends, exit code not
-    0. With nothing else on stdout that looks like work."""
+    """refused("sample", "--count", 0): the sentence with which the script exits, code not 0."""
     def call(name, *words):
         with pytest.raises(SystemExit) as ended:
             script(name, *words)
@@ -69,16 +81,17 @@ def refused(script, capsys):
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(3): from now on a SIGTERM arrives while a script takes step 3, which then ends the
-    script by 143; None undoes it."""
-    due = runtime.Run.due
+    """signal_at(3): from now on a SIGTERM arrives when a run has taken three steps. The script then
+    saves a checkpoint of step 3 and exits with 143. signal_at(None) undoes it."""
+    should_stop = runtime.Run.should_stop
 
-    def arrive(step):
-        def due_and_kill(self, done, every):
-            if done == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return due(self, done, every)
-        monkeypatch.setattr(runtime.Run, "due", due_and_kill)
+    def arrive(at):
+        def receive(self):  # called before each step; `saved` is the step that the run resumes from
+            self.step_number = getattr(self, "step_number", (self.saved or 0) - 1) + 1
+            if self.step_number == at:
+                signal.raise_signal(signal.SIGTERM)
+            return should_stop(self)
+        monkeypatch.setattr(runtime.Run, "should_stop", receive)
     return arrive
 
 
@@ -124,11 +137,18 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+class Code:
+    """An object in a file that writes the file `ran` when it is unpickled."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
 # ------------------------------------------------------------------- files that scripts start from
 
 @pytest.fixture(scope="session")
 def vgg(tmp_path_factory):
-    """A checkpoint as train_vgg.py writes it, untrained: the mechanics don't care what it sees."""
+    """An untrained checkpoint in train_vgg.py's format."""
     torch.manual_seed(1)
     net = losses.SmallVGG([8, 8, 16, 16, 16], [6, 4])
     for _ in range(30):  # batch norm's statistics, so that its features are of order 1
@@ -142,23 +162,26 @@ def vgg(tmp_path_factory):
 
 
 def save_tokenizer(path, seed=0, **options):
-    """A tokenizer checkpoint, untrained, with codes spread enough that images differ in them."""
+    """A checkpoint of an untrained tokenizer. Its codes are encoder outputs: images differ in them.
+    options: arguments of VQModel, and other flags that the checkpoint is to hold."""
     torch.manual_seed(seed)
-    config = dict(channels=[16, 16], z_dim=8, codebook_size=16) | options
-    model = vq.VQModel(**config)
+    args = {"image_size": 16, "data": "shapes", "val": None, "crop": "random",
+            "disc_channels": [8, 8]}
+    args |= {name: options.pop(name) for name in args.keys() & options.keys()}
+    model = vq.VQModel(**dict(channels=[16, 16], z_dim=8, codebook_size=16) | options)
     images = data.EvalImages(Shapes(), 16)
     x = torch.stack([images[i][0] for i in range(16)])
     z = model.encoder(data.to_float(x, torch.device("cpu"))).detach()
     z = z.permute(0, 2, 3, 1).flatten(0, 2)
-    model.quantizer.codebook.data = z[torch.randperm(len(z))[:16]].clone()
-    args = {"image_size": 16, "data": "shapes", "val": None, "attention": 0}
-    torch.save({"component": "tokenizer", "args": args, "step": 0, "config": config,
-                "model": model.state_dict()}, path)
+    codes = torch.randperm(len(z))[:model.quantizer.codebook_size]
+    model.quantizer.codebook.data = z[codes].clone()
+    torch.save({"component": "tokenizer", "args": model.config | args, "step": 0,
+                "config": model.config, "model": model.state_dict()}, path)
     return path
 
 
 def save_prior(path, tokenizer, **options):
-    """A prior's checkpoint, untrained, for the codes of that tokenizer."""
+    """A checkpoint of an untrained prior for the codes of that tokenizer."""
     torch.manual_seed(0)
     classes = list(Shapes.classes)
     prior = Transformer(**dict(kind="ar", size="tiny", codebook_size=16, length=64,
@@ -181,14 +204,14 @@ def prior(tmp_path, tokenizer):
 
 
 def noise(seed, width, height, channels=3):
-    """A smooth random picture (height, width, channels), uint8."""
+    """A smooth random image (height, width, channels), uint8."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 4, channels), dtype=np.uint8)
     return np.asarray(Image.fromarray(small.squeeze()).resize((width, height)))
 
 
 @pytest.fixture
 def many_photos(tmp_path):
-    """A folder of two classes with 160 small pictures: enough to hold some out."""
+    """A folder of two classes with 160 small images: enough to hold some out."""
     for i in range(160):
         path = tmp_path / "many" / ("cats", "dogs")[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +221,7 @@ def many_photos(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of two classes with pictures of many modes, sizes and formats, all decodable."""
+    """A folder of two classes with images of many modes, sizes and formats, all decodable."""
     cats, dogs = tmp_path / "photos" / "cats", tmp_path / "photos" / "dogs"
     cats.mkdir(parents=True)
     dogs.mkdir()

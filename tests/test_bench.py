@@ -1,8 +1,8 @@
 """bench.py and first_hour.sh run, at small sizes, and count what they should."""
 import itertools
 import json
+import shutil
 import subprocess
-from types import SimpleNamespace
 
 import bench
 import check
@@ -15,30 +15,29 @@ import losses
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def args(monkeypatch, tmp_path):
-    words = ("--image_size 32 --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 "
+def test_every_part_gives_its_rows(monkeypatch, script, tmp_path):
+    words = ("--image_size 16 --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 "
              "--data shapes")
     monkeypatch.setattr(bench, "SIZES", {"small": (words, ("tiny",))})
-    monkeypatch.setattr(losses, "VGG16", lambda: losses.SmallVGG([8] * 5, [6]))  # a second less
-    return SimpleNamespace(size="small", batch_size=4, seconds=0, compile=False,
-                           json=tmp_path / "rows.json")
-
-
-def test_every_part_gives_its_rows(args, monkeypatch, script):
-    table = bench.Table.__new__(bench.Table)
-    table.args, table.rows, table.rate, table.machine = args, [], 1.0, "a machine"
-    monkeypatch.setattr(bench, "Table", lambda *_: table)
-    script("bench", "--parts", *bench.PARTS, "naive", "--seconds", 0, "--batch_size", 4,
-           "--device", "cpu")
-    rows = json.loads(args.json.read_text())["rows"]
+    monkeypatch.setattr(losses, "VGG16", lambda: losses.SmallVGG([8] * 5, [6]))
+    monkeypatch.setattr(bench, "measure", lambda call, *_: (call(), (0.5, 0.0))[1])  # once
+    script("bench", "--parts", *bench.PARTS, "naive", "--batch_size", 4, "--device", "cpu",
+           "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     names = [row["name"].strip() for row in rows]
     assert len({*names}) == len(names) == 2 + 3 + 4 + 1 + 5 + 2
-    assert all(row["ms"] > 0 and row["images_per_s"] > 0 for row in rows)
+    assert all(row["ms"] == 500 and row["images_per_s"] == 8 for row in rows)
     flops = {name: row["tflop_per_image"] for name, row in zip(names, rows)}
     # the cheaper of R1's ways is PyTorch's own in FLOP; groups change nothing
     alike = [flops[name] for name in names if name.startswith("R1")][:2]
     assert alike[0] == pytest.approx(alike[1]) and all(value > 0 for value in alike)
+
+
+def test_times_are_medians_of_at_least_three_measurements(monkeypatch):
+    clock = iter([0, 1, 1, 1.03, 0, 4, 4, 8, 8, 18])  # warm-up, one call: 0.03 s, three times two
+    calls = []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock))
+    assert bench.measure(lambda: calls.append(0), CPU, 0)[0] == 2 and len(calls) == 8
 
 
 def test_tflop_are_counted_exactly():
@@ -46,7 +45,8 @@ def test_tflop_are_counted_exactly():
     assert bench.count_tflop(lambda: a @ b) == pytest.approx(2 * 8 * 16 * 32 / 1e12)
 
 
-def test_a_device_that_computes_something_else_is_found_out(args, monkeypatch, script, refused):
+def test_a_device_that_computes_something_else_is_found_out(monkeypatch, script, refused):
+    monkeypatch.setattr(losses, "VGG16", lambda: losses.SmallVGG([8] * 5, [6]))
     monkeypatch.setattr(check, "CHANNELS", (16, 16))
     monkeypatch.setattr(check, "DISC_CHANNELS", (8, 8))
     monkeypatch.setattr(check, "SIDE", 16)
@@ -60,7 +60,8 @@ def test_a_device_that_computes_something_else_is_found_out(args, monkeypatch, s
     assert "AR prior, fp32, eager" in refused("check", "--device", "cpu")
 
 
-def test_the_first_hour_runs_and_keeps_its_parts(tmp_path):
+def test_the_first_hour_runs_and_keeps_its_parts(vgg, tmp_path):
+    shutil.copy(vgg, tmp_path / "vgg.pt")
     env = environment(SMALL="1", OUT=str(tmp_path), PARTS="resume")
     run = ["bash", str(ROOT / "benchmarks" / "first_hour.sh")]
     done = subprocess.run(run, env=env, capture_output=True, text=True)

@@ -14,13 +14,12 @@ import runtime
 import train_tokenizer
 from miniature.shapes import Shapes
 
-LONG = ["--iters", 4, "--eval_every", 2, "--compile", "--dtype", "bf16"]  # as on a GPU
-
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """From now on models are compiled by a back end that runs the graph as it is. An entry for each
-    graph: how many validations were over, or "dynamic" if it is for all batch sizes: slower."""
+def compiled(script, tmp_path, monkeypatch):
+    """compiled("train_prior", ...): trains as on a GPU, but the compiler returns graphs as they
+    are. An entry for each graph: the number of validations before it, or "dynamic" if it is for
+    all batch sizes, which is slower."""
     graphs, log, compile_, validations = [], runtime.Run.log, torch.nn.Module.compile, 0
 
     def backend(graph, inputs):
@@ -32,34 +31,36 @@ def compiled(monkeypatch):
         nonlocal validations
         validations += split == "val"
         return log(self, step, split, **values)
+
+    def train(*words):
+        script(*words, "--iters", 4, "--eval_every", 2, "--compile", "--dtype", "bf16",
+               "--out", tmp_path / "run")
+        assert validations == 3
+        return graphs
     torch._dynamo.reset()
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **more: compile_(self, backend=backend, **more))
     monkeypatch.setattr(runtime.Run, "log", watch)
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 70})
-    yield graphs
+    yield train
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_no_tokenizer_step_is_compiled_after_the_first_validation(
-        script, vgg, tokenizer, tmp_path, compiled, monkeypatch, phase):
+def test_graphs_of_a_tokenizer(vgg, tokenizer, compiled, monkeypatch, phase):
+    """Training compiles before the second validation. Validation compiles nothing."""
     monkeypatch.setattr(train_tokenizer, "R1_EVERY", 2)
-    words = [*TINY, "--vgg", vgg, *LONG, "--batch_size", 66]
-    words += ["--phase", 2, "--init", tokenizer] if phase == 2 else []
-    script("train_tokenizer", *words, "--out", tmp_path / "run")
-    # Phase 1: encoder, decoder, each with gradients and without; VGG twice, discriminator twice.
-    # Phase 2: the encoder without gradients, the decoder for 64 and for 2 images at once.
-    assert compiled == [0] * (8 if phase == 1 else 9)
+    words = [*TINY, "--vgg", vgg, "--batch_size", 66, "--phase", phase]
+    words += ["--init", tokenizer] if phase == 2 else []
+    # Encoder and decoder, VGG and the discriminator twice each: with and without gradients of
+    # their inputs and weights. Phase 2 decodes 64 images and 2.
+    assert compiled("train_tokenizer", *words) == [1] * (6 if phase == 1 else 7)
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_no_step_of_a_prior_is_compiled_after_the_first_validation(
-        script, tokenizer, tmp_path, compiled, kind):
-    words = [*PRIOR, "--tokenizer", tokenizer, *LONG, "--kind", kind]
-    script("train_prior", *words, "--out", tmp_path / "run")
-    # encoding: 32 images; training: 8; validation: 64. Smaller last batches run uncompiled.
-    assert compiled == [0] * 3
+def test_graphs_of_a_prior(tokenizer, compiled, kind):
+    words = [*PRIOR, "--tokenizer", tokenizer, "--kind", kind]
+    assert compiled("train_prior", *words) == [0, 1]  # encoding 32 images, training
 
 
 def test_a_compiled_discriminator_has_the_same_gradients():
@@ -102,12 +103,14 @@ def watched(call, channels=(128, 512)):
 
 
 def test_r1_has_no_feature_map_for_a_kernel_and_adds_nothing_to_the_peak_of_a_step():
-    def step(penalise):
-        args, averages = SimpleNamespace(dtype="bf16", r1=10), runtime.Averages()
-        return watched(lambda disc, x: train_tokenizer.discriminator_step(
-            disc, [x], [x], args, penalise, averages))
+    def step(disc, x):
+        args = SimpleNamespace(dtype="bf16")
+        train_tokenizer.discriminator_loss(disc, x, x, args)[0].backward()
 
-    without, with_r1 = step(False), step(True)
+    def step_with_r1(disc, x):
+        step(disc, x)
+        train_tokenizer.backward_r1(disc, x, 80.0)
+    without, with_r1 = watched(step), watched(step_with_r1)
     assert len(with_r1.kernels) > 200 and max(max(shape[2:]) for shape in with_r1.kernels) == 4
     assert with_r1.peak == without.peak > 1e9
 

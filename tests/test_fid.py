@@ -1,7 +1,7 @@
 """fid.py against pytorch-fid, torch-fidelity, closed forms and slow loops.
 
 All tools get one file of random weights in the layout of the published one, scaled so that rounding
-does not grow from layer to layer."""
+errors do not grow from layer to layer."""
 import contextlib
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.models.inception as tv
-from conftest import launch
+from conftest import launch, save_tokenizer
 from PIL import Image
 from torch import nn
 
@@ -27,7 +27,7 @@ import vq
 CPU = torch.device("cpu")
 
 
-def pictures(n, seed, shift=0, size=64):
+def drawings(n, seed, shift=0, size=64):
     """Random colours from coarse to fine, uint8 (n, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.full((n, 3, size, size), 128.0 + shift)
@@ -72,7 +72,7 @@ def weights(tmp_path_factory):
             nn.init.uniform_(module.weight, 0.2, 0.4)
             nn.init.normal_(module.bias, 0.3, 0.06)
     with torch.no_grad():
-        net(fid.resize_tf1(pictures(4, seed=0)))
+        net(fid.resize_tf1(drawings(4, seed=0)))
     nn.init.normal_(net.fc.weight)
     nn.init.normal_(net.fc.bias, std=2)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
@@ -84,8 +84,8 @@ def weights(tmp_path_factory):
 def tf1(weights, tmp_path_factory):
     """Two folders, and one pass over them with Inception and --resize tf1."""
     tmp = tmp_path_factory.mktemp("tf1")
-    real = write_pngs(tmp / "real", pictures(5, seed=1))
-    fake = write_pngs(tmp / "fake", pictures(15, seed=2, shift=12))
+    real = write_pngs(tmp / "real", drawings(5, seed=1))
+    fake = write_pngs(tmp / "fake", drawings(15, seed=2, shift=12))
     found, out, err = run(real, "--fake", fake, "--inception", weights,
                           "--save", tmp / "a.npz", "--json", tmp / "a.json")
     return Namespace(tmp=tmp, real=real, fake=fake, found=found, out=out, err=err)
@@ -104,8 +104,8 @@ def test_fid_and_is_equal_torch_fidelity(weights, tf1):
     assert tf1.found["IS"] > 1.1
 
 
-def test_what_is_printed_and_kept(tf1):
-    """The numbers, what they depend on, and that these are not to be compared with a paper's."""
+def test_what_is_printed_and_saved(tf1):
+    """The numbers, what they depend on, and a warning not to compare these with a paper's."""
     found, out, saved = tf1.found, tf1.out, json.loads((tf1.tmp / "a.json").read_text())
     assert {key: saved[key] for key in found} == found and len(saved["weights"]) == 8
     assert saved["versions"]["torch"] == torch.__version__ and saved["args"]["resize"] == "tf1"
@@ -122,7 +122,7 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
     monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url",
                         lambda *_, **__: torch.load(weights))
     theirs = pytorch_fid.inception.InceptionV3([3]).eval()
-    images, ours = pictures(3, seed=3, size=350), fid.Inception(weights, "pytorch")
+    images, ours = drawings(3, seed=3, size=350), fid.Inception(weights, "pytorch")
     with torch.inference_mode():
         wanted = theirs(images / 255)[0][:, :, 0, 0]
         torch.testing.assert_close(ours(images)[0], wanted, rtol=0, atol=1e-5)
@@ -137,12 +137,12 @@ def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path, vgg):
     run("shapes", "--split", "val", *flags, "--save", val)
     a, b = (compute_statistics_of_path(str(path), None, 0, 16, "cpu") for path in (ours, val))
     np.savez(theirs, mu=a[0], sigma=a[1])  # as its --save-stats does
-    wanted = fid.frechet(*map(torch.from_numpy, (*a, *b)))
+    wanted = fid.frechet_distance(*map(torch.from_numpy, (*a, *b)))
     for real, n, unknown in ((ours, 60, False), (theirs, 0, True)):
         for fake in (("--fake", val), ("--fake", "shapes", "--split", "val")):
             found, _, err = run(real, *fake, *flags)
             assert found["FD"] == close(wanted) and found["n_real"] == n and found["n_fake"] == 12
-            assert ("does not say how" in err) == unknown
+            assert ("no provenance" in err) == unknown
 
 
 def test_tf1_resize_is_bitwise_torch_fidelitys():
@@ -161,25 +161,23 @@ def covariance(d, n, seed):
     return torch.from_numpy(np.cov(x, rowvar=False))
 
 
-def test_frechet_equals_pytorch_fids_by_scipy_and_closed_forms():
+def test_frechet_distance_equals_pytorch_fids_by_scipy_and_closed_forms():
     from pytorch_fid.fid_score import calculate_frechet_distance
     d = 200
     m1, m2 = torch.randn(2, d, dtype=torch.float64)
-    a, b = torch.rand(2, d, dtype=torch.float64)
     far, s1, s2 = float((m1 - m2).square().sum()), covariance(d, 400, 0), covariance(d, 900, 1)
     wanted = calculate_frechet_distance(*(t.numpy() for t in (m1, s1, m2, s2)))
-    assert fid.frechet(m1, s1, m2, s2) == close(wanted, 1e-6)
-    roots = float((a.sqrt() - b.sqrt()).square().sum())
-    assert fid.frechet(m1, a.diag(), m2, b.diag()) == close(far + roots)
+    assert fid.frechet_distance(m1, s1, m2, s2) == close(wanted, 1e-6)
     for s in (s1, covariance(d, 60, 2)):  # regular, singular
-        assert fid.frechet(m1, s, m2, s) == close(far)
-        assert fid.frechet(m1, 4 * s, m1, s) == close(float(s.trace()), 1e-6)  # (2 - 1)^2 tr S
-        assert 0 <= fid.frechet(m1, 100 * s, m1, 100 * s) < 1e-6
+        assert fid.frechet_distance(m1, s, m2, s) == close(far)
+        trace = float(s.trace())  # (2 - 1)^2 tr S
+        assert fid.frechet_distance(m1, 4 * s, m1, s) == close(trace, 1e-6)
+        assert 0 <= fid.frechet_distance(m1, 100 * s, m1, 100 * s) < 1e-6
 
 
 def test_frechet_of_singular_covariances():
-    """Diagonal with zeros, turned by a rotation: known in closed form. With the smaller rank first
-    it is exact; with the larger first, rounding errors of the other's null space are left."""
+    """Rotated diagonal matrices with zeros, whose distance is known. With the smaller rank first it
+    is exact; with the larger first, rounding errors of the other's null space are left."""
     d, zero = 200, torch.zeros(200, dtype=torch.float64)
     turn = torch.from_numpy(np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))[0])
     for dead_a, dead_b in ((75, 0), (150, 75), (d, 0), (d, d)):
@@ -187,14 +185,14 @@ def test_frechet_of_singular_covariances():
         a[:dead_a], b[:dead_b] = 0, 0
         wanted = float((a.sqrt() - b.sqrt()).square().sum())
         small, large = ((turn * v) @ turn.T for v in (a, b))
-        assert fid.frechet(zero, small, zero, large) == close(wanted, 1e-11)
-        assert fid.frechet(zero, large, zero, small) == close(wanted, 1e-6)
+        assert fid.frechet_distance(zero, small, zero, large) == close(wanted, 1e-11)
+        assert fid.frechet_distance(zero, large, zero, small) == close(wanted, 1e-6)
 
 
 # ------------------------------------------------- sums over batches and processes, Inception Score
 
 class Pixels(nn.Module):
-    """A network whose features and logits are simple functions of the picture."""
+    """A network whose features and logits are simple functions of the image."""
 
     name, feature_dim, num_classes = "FID", 12, 7
     weights, resize, description = "0", "none", "pixels"
@@ -205,19 +203,17 @@ class Pixels(nn.Module):
 
 
 class Fixed(list):
-    """Images in memory, as `measure` reads them."""
-
-    path = description = "pictures"
+    path = description = "drawings"
 
 
 def summary(images, batch_size, net=None):
-    items = Fixed((image, 0, "") for image in images)
-    return fid.measure(items, net or Pixels(), Namespace(batch_size=batch_size, workers=0), CPU)
+    args = Namespace(batch_size=batch_size, workers=0)
+    return fid.compute_statistics(Fixed((i, 0) for i in images), net or Pixels(), args, CPU)
 
 
 @pytest.mark.parametrize("n", [50, 37])  # splits of 5 images, of 3 or 4
 def test_sums_equal_numpy_for_any_batch_size_and_two_processes(n, monkeypatch):
-    images = pictures(n, seed=4, size=16)
+    images = drawings(n, seed=4, size=16)
     features, logits = (t.double() for t in Pixels()(images))
     cov, scores = torch.from_numpy(np.cov(features.numpy(), rowvar=False)), []
     order = np.random.RandomState(2020).permutation(n)
@@ -226,11 +222,10 @@ def test_sums_equal_numpy_for_any_batch_size_and_two_processes(n, monkeypatch):
         scores.append((p * (p / p.mean(0)).log()).sum(1).mean().exp().item())
 
     found, sums = [summary(images, n), summary(images, 7)], []
-    monkeypatch.setattr(runtime, "world", lambda: 2)  # the second one adds the first one's sums
-    for rank, share in ((0, lambda total: sums.append(total) or total),
-                        (1, lambda total: total.add_(sums.pop(0)))):
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)  # the second adds the first one's sums
+    for rank, reduce in enumerate((sums.append, lambda total: total.add_(sums.pop(0)))):
         monkeypatch.setattr(runtime, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(runtime, "sum_over_processes", share)
+        monkeypatch.setattr(runtime, "all_reduce_sum", reduce)
         both = summary(images, 7)
     for one in (*found, both):
         torch.testing.assert_close(one["mu"], features.mean(0), rtol=1e-12, atol=0)
@@ -238,48 +233,43 @@ def test_sums_equal_numpy_for_any_batch_size_and_two_processes(n, monkeypatch):
         assert (one["IS"], one["IS_std"]) == close((np.mean(scores), np.std(scores)))
 
 
-def test_is_shuffles_images_that_lie_in_order_of_class():
-    class Certain(Pixels):
-        def forward(self, images):
-            return torch.zeros(len(images), 12), 100. * F.one_hot(images[:, 0, 0, 0].long(), 7)
-
-    images = torch.arange(700).floor_divide(100).byte().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    # Seven classes, surely told apart: 7. Unshuffled, a split has one class or two.
-    assert 6.7 < summary(images, 64, Certain())["IS"] <= 7
+def test_no_is_of_fewer_than_ten_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "Inception", lambda *_: Pixels())
+    for n in (9, 10):
+        fake = write_npz(tmp_path / f"{n}.npz", drawings(n, seed=6, size=16))
+        found, out, _ = run(fake, "--fake", fake)
+        assert [line[:5] for line in out if "IS" in line] == ["no IS" if n < 10 else "IS 1."]
+        assert ("IS" in found) == (n == 10)
+        assert found["FID"] < 1e-6 and found["n_fake"] == n
 
 
 # ------------------------------------------------------------------------ tokenizers, classifiers
 
 def test_rfid_usage_and_perplexity_equal_a_loops(tokenizer, tmp_path, monkeypatch):
-    """Image by image; but codes and reconstructions of the same batch of 70: of another size a few
-    pixels round to another level, and a code nearly as near is taken."""
+    """Both encode one batch of 70 images: in another batch size a few values round otherwise."""
     state = torch.load(tokenizer)
     state["model"]["quantizer.codebook"][13:] += 100  # codes too far to be used
     torch.save(state, tokenizer)
     monkeypatch.setattr(fid, "Inception", lambda *_: Pixels())
-    real = write_pngs(tmp_path / "val", pictures(70, seed=5, size=20))
+    real = write_pngs(tmp_path / "val", drawings(70, seed=5, size=20))
     found, out, _ = run(real, "--tokenizer", tokenizer, "--batch_size", 70)
 
-    model, features = vq.load_tokenizer(tokenizer)[0], ([], [])
-    pixels = torch.stack([data.to_tensor(data.center(Image.open(path), 16))  # the tokenizer's size
+    pixels = torch.stack([data.to_tensor(data.center_crop(Image.open(path), 16))
                           for path in sorted(Path(real).iterdir())])
-    x_hats, codes, _ = model(data.to_float(pixels, CPU))
-    used = codes.flatten().tolist()
-    for x, x_hat in zip(pixels, x_hats):
-        x_hat = ((x_hat.clamp(-1, 1) + 1) * 127.5).round()
-        for its, image in zip(features, (x, x_hat)):
-            its.append(Pixels()(image[None])[0].double())
-    (m1, s1), (m2, s2) = ((x.mean(0), x.T.cov()) for x in map(torch.cat, features))
-    assert found["rFID"] == close(fid.frechet(m1, s1, m2, s2), 1e-6) and found["rFID"] > 1
-    share = np.array([used.count(k) for k in {*used}]) / len(used)
-    assert 4 < len(share) <= 13 and found["usage"] == len(share) / 16
-    assert found["perplexity"] == close(np.exp(-(share * np.log(share)).sum()))
-    assert f"rFID {found['rFID']:.2f}" in out and f"({len(share)} of 16)" in out[-3]
+    x_hats, codes, _ = vq.load_tokenizer(tokenizer)[0](data.to_float(pixels, CPU))
+    x_hats, used = ((x_hats.clamp(-1, 1) + 1) * 127.5).round(), codes.flatten().tolist()
+    a, b = (Pixels()(x)[0].double() for x in (pixels, x_hats))
+    wanted = fid.frechet_distance(a.mean(0), a.T.cov(), b.mean(0), b.T.cov())
+    assert found["rFID"] == close(wanted, 1e-6) and found["rFID"] > 1
+    p = np.array([used.count(k) for k in {*used}]) / len(used)
+    assert 4 < len(p) <= 13 and found["usage"] == len(p) / 16
+    assert found["perplexity"] == close(np.exp(-(p * np.log(p)).sum()))
+    assert f"rFID {found['rFID']:.2f}" in out and f"({len(p)} of 16)" in out[-3]
     assert "70 reconstructions of" in found["fake"] and not {"FID", "IS"} & found.keys()
 
 
 def test_two_processes_find_what_one_finds(vgg, tokenizer, tmp_path):
-    real = write_npz(tmp_path / "val.npz", pictures(25, seed=5, size=16))
+    real = write_npz(tmp_path / "val.npz", drawings(25, seed=5, size=16))
     flags = (real, "--tokenizer", tokenizer, "--features", vgg, "--batch_size", 9)
     one, path = run(*flags)[0], tmp_path / "two.json"
     done = launch(["fid.py", "--real", *flags, "--device", "cpu", "--json", path], processes=2)
@@ -289,16 +279,16 @@ def test_two_processes_find_what_one_finds(vgg, tokenizer, tmp_path):
         assert two[key] == close(one[key], 1e-6)
 
 
-def test_a_classifier_gives_fd_and_accuracy_never_fid(vgg, tmp_path):
+def test_a_small_vgg_gives_fd_and_accuracy_but_no_fid(vgg, tmp_path):
     """Its features are the input of its last layer; of two softmaxes the first has the classes."""
-    images = pictures(40, seed=2, size=32)
+    images = drawings(40, seed=2, size=32)
     layers = losses.load_vgg(vgg)(data.to_float(images, CPU), ("relu5_3", "logit"))
-    features, logits = fid.Classifier(vgg)(images)
+    features, logits = fid.SmallVGGFeatures(vgg)(images)
     torch.testing.assert_close(features, layers["relu5_3"].mean((2, 3)))
     torch.testing.assert_close(logits, layers["logit"][:, :6])
     labels = logits.argmax(1)
     assert len(labels.unique()) > 1
-    labels[:10] = (labels[:10] + 1) % 6  # 10 of 40 were to be of another class
+    labels[:10] = (labels[:10] + 1) % 6  # 10 of 40 samples miss their class
     fake = write_npz(tmp_path / "fake.npz", images, arr_1=labels.numpy())
     found, out, _ = run("shapes", "--image_size", 32, "--fake", fake, "--features", vgg)
     assert found["accuracy"] == 0.75 and "accuracy 0.75" in out
@@ -308,63 +298,66 @@ def test_a_classifier_gives_fd_and_accuracy_never_fid(vgg, tmp_path):
 # ------------------------------------------------------------------------------ sets and files
 
 def test_samples_are_mapped_where_they_can_be(vgg, tmp_path):
-    """An image comes from its place in the file, wherever arr_0 lies in it. Mapped,
-    what moves to a worker is small; packed or in Fortran order, it is loaded."""
-    images, labels = pictures(6, seed=9, size=32), np.arange(6)
+    """A mapped source is sent to a worker in few bytes, wherever arr_0 lies in the file. Compressed
+    samples, or those in Fortran order, are loaded."""
+    images, labels, path = drawings(6, seed=9, size=32), np.arange(6), tmp_path / "samples.npz"
     array = images.permute(0, 2, 3, 1).contiguous().numpy()
-    folder = write_pngs(tmp_path / "folder", images)
-    np.savez(tmp_path / "first.npz", arr_0=array, arr_1=labels)
-    np.savez(tmp_path / "last.npz", arr_1=labels, other=np.ones(1000), arr_0=array)
-    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(array), arr_1=labels)
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=array, arr_1=labels)
-    for path in sorted(tmp_path.glob("*.npz")):
-        samples, mapped = data.Samples(str(path)), path.stem in ("first", "last")
+    first, last = dict(arr_0=array, arr_1=labels), dict(arr_1=labels, other=labels, arr_0=array)
+    fortran = first | {"arr_0": np.asfortranarray(array)}
+    for save, arrays, mapped in ((np.savez, fortran, False), (np.savez_compressed, first, False),
+                                 (np.savez, first, True), (np.savez, last, True)):
+        save(path, **arrays)
+        samples = data.Samples(str(path))
         for i, (image, label) in enumerate(map(samples.load, range(6))):
-            assert np.array_equal(image, array[i]) and label == i, path
+            assert np.array_equal(image, array[i]) and label == i
         assert isinstance(samples.array(), np.memmap) == mapped
         assert not mapped or len(pickle.dumps(samples)) < 3000
-        assert run(path, "--fake", folder, "--features", vgg)[0]["FD"] < 1e-6
-    (tmp_path / "first.npz").rename(Path(folder) / "samples.npz")  # as sample.py leaves them
-    assert run(folder, "--fake", tmp_path / "last.npz", "--features", vgg)[0]["FD"] < 1e-6
-    np.savez(tmp_path / "wrong.npz", arr_0=array, arr_1=labels / 2)
-    with pytest.raises(SystemExit, match="arr_1.*float"):
-        data.Samples(str(tmp_path / "wrong.npz"))
-    plain = data.open_source(write_npz(tmp_path / "plain.npz", images))  # no labels
+    folder = write_pngs(tmp_path / "folder", images)  # the other folder is as sample.py leaves it
+    assert run(tmp_path, "--fake", folder, "--features", vgg)[0]["FD"] < 1e-6
+    plain = data.open_source(write_npz(path, images))  # no labels
     assert plain.load(2)[1] == 0 and not plain.classes
-    for wrong in (images.float(), images[:, :1]):
-        with pytest.raises(SystemExit, match="uint8"):
-            data.Samples(write_npz(tmp_path / "wrong.npz", wrong))
+    for wrong, more, word in ((images.float(), {}, "uint8"), (images[:, :1], {}, "uint8"),
+                              (images, {"arr_1": labels / 2}, "arr_1.*float")):
+        with pytest.raises(SystemExit, match=word):
+            data.Samples(write_npz(path, wrong, **more))
 
 
-def test_split_and_count(many_photos):
-    """--count takes images from everywhere; --split gives the parts of training."""
-    images = fid.Images("shapes", 8, "train", 20)
-    assert len(images) == 20 and images.indices == data.spread(60, 20)
+def test_split_and_count(many_photos, tmp_path):
+    """--count takes evenly spaced images; --split gives the splits of training; samples have none.
+    """
+    images = fid.EvalSet("shapes", 8, "train", 20)
+    assert len(images) == 20 and images.indices == data.evenly_spaced(60, 20)
     for j in (0, 19):
-        image, *rest = images[j]
-        wanted, label = images.source.load(images.indices[j], 8)
-        assert np.array_equal(image.movedim(0, 2), data.center(wanted, 8))
-        assert rest == [label, ""]
-    sizes = [len(fid.Images(str(many_photos), 16, split, None)) for split in ("val", "train", None)]
-    assert 1 < sizes[0] < 20 and sizes[2] == sizes[0] + sizes[1] == 160
+        image, label = images[j]
+        wanted = images.source.load(images.indices[j], 8)
+        assert np.array_equal(image.movedim(0, 2), data.center_crop(wanted[0], 8))
+        assert label == wanted[1]
+    val, train, whole = (len(fid.EvalSet(str(many_photos), 16, split, None))
+                         for split in ("val", "train", None))
+    assert 1 < val < 20 and whole == val + train == 160
+    path = write_npz(tmp_path / "samples.npz", drawings(60, seed=5, size=16))
+    assert len(fid.EvalSet(path, 16, "val", None)) == 60
 
 
-def test_samples_have_no_parts(tmp_path):
-    path = write_npz(tmp_path / "samples.npz", pictures(60, seed=5, size=16))
-    assert len(fid.Images(str(path), 16, "val", None)) == 60
+def test_reconstructions_of_the_training_data_are_of_its_held_out_part(vgg, tmp_path, many_photos):
+    for val, words, n in ((None, [], 7), (None, ["--split", "train"], 153), ("shapes", [], 160),
+                          (None, ["--real", "shapes"], 60)):
+        path = save_tokenizer(tmp_path / "ckpt.pt", data=str(many_photos), val=val)
+        found = run(many_photos, "--tokenizer", path, "--features", vgg, *words)[0]
+        assert found["n_fake"] == found["n_real"] == n
 
 
-# ------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------------------------- errors
 
-def test_statistics_of_other_features_are_refused(refused, tf1, tmp_path, vgg):
+def test_statistics_of_other_features_are_rejected(refused, tf1, tmp_path, vgg):
     made = "weights 01234567, --resize none"
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), made=made)
     for path in (tf1.tmp / "a.npz", tmp_path / "other.npz"):  # the first is Inception's
         assert str(path) in refused("fid", "--real", path, "--fake", "shapes", "--features", vgg)
 
 
-def test_an_unreadable_image_is_refused_by_name(refused, vgg, tmp_path):
-    good, bad = (write_pngs(tmp_path / name, pictures(4, seed=0, size=16)) for name in "ab")
+def test_an_unreadable_image_is_an_error_that_names_it(refused, vgg, tmp_path):
+    good, bad = (write_pngs(tmp_path / name, drawings(4, seed=0, size=16)) for name in "ab")
     for path in (tmp_path / "b/0003.png", tmp_path / "b/0000.png"):
         path.write_bytes(path.read_bytes()[:100])
         for real, fake, workers in ((good, bad, 2), (bad, good, 0)):
@@ -372,21 +365,10 @@ def test_an_unreadable_image_is_refused_by_name(refused, vgg, tmp_path):
                                         "--device", "cpu", "--workers", workers)
 
 
-def test_missing_weights_are_named_with_their_address(refused, tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    sentence = refused("fid", "--real", "shapes", "--image_size", 16)
-    assert fid.URL in sentence and "--inception" in sentence
-
-
-@pytest.mark.parametrize("flag, name", [
-    ("--real", "folder"), ("--real", "s.npz"), ("--fake", "folder"), ("--fake", "s.npz"),
-    ("--tokenizer", "ckpt.pt"), ("--features", "vgg.pt")])
-def test_what_is_not_there_is_refused_before_any_work(flag, name, refused, vgg, tmp_path,
-                                                      monkeypatch):
-    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("work"))
-    flags = {"--real": "shapes", "--image_size": 16, "--features": vgg} | {flag: tmp_path / name}
-    assert name in refused("fid", *[word for pair in flags.items() for word in pair])
+def test_a_missing_file_is_an_error_before_any_work(refused, vgg, tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "compute_statistics", lambda *_: pytest.fail("work"))
+    good = {"--real": "shapes", "--image_size": 16, "--features": vgg}
+    for flag, name in (("--real", "folder"), ("--real", "s.npz"), ("--fake", "folder"),
+                       ("--fake", "s.npz"), ("--tokenizer", "ckpt.pt"), ("--features", "vgg.pt")):
+        flags = good | {flag: tmp_path / name}
+        assert name in refused("fid", *[word for pair in flags.items() for word in pair])

@@ -1,15 +1,22 @@
 """train_prior.py and sample.py: code cache, training, resume, processes, samples, views."""
+import contextlib
+import fcntl
+import gc
 import json
 import math
+import os
 import re
+import resource
 import sys
 import zipfile
-from types import SimpleNamespace
+import zlib
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import PRIOR, ROOT, launch, lines, load, same, save_prior, save_tokenizer
+import torch.nn.functional as F
+from conftest import PRIOR, launch, lines, load, save_prior, save_tokenizer
 from PIL import Image
 
 import data
@@ -18,11 +25,10 @@ import sample
 import train_prior
 import vq
 from miniature.shapes import Shapes
-from train_prior import encode_dataset, learning_rate
+from train_prior import learning_rate
 from transformer import Transformer, load_prior
 
 CPU, C = torch.device("cpu"), len(Shapes.classes)
-EMPTY = 65535  # in the cache: no code yet
 
 
 @pytest.fixture
@@ -36,27 +42,44 @@ def train(script, tokenizer, tmp_path):
 @pytest.fixture
 def phase_2(tokenizer, tmp_path):
     """A tokenizer with the same codes and another decoder."""
-    one = load(tokenizer)
-    one["config"]["attention"] = 1
-    kept = {k: v for k, v in one["model"].items() if not k.startswith("decoder")}
-    one["model"] = vq.VQModel(**one["config"]).state_dict() | kept
-    torch.save(one, tmp_path / "phase2.pt")
-    return tmp_path / "phase2.pt"
-
-
-def encode(folder, tokenizer, source, crop="random", views=2, size=16):
-    args = SimpleNamespace(image_size=size, workers=0)
-    return encode_dataset(folder, source, vq.load_tokenizer(tokenizer)[0], crop, views, args, CPU)
-
-
-def driver(path, change):
-    """A script that is train_prior.py with something changed."""
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, time\nimport data, "
-                    f"runtime, train_prior\n{change}\nruntime.launch(train_prior.main)\n")
+    path = save_tokenizer(tmp_path / "phase2.pt", attention=1)
+    state, codes = load(path), load(tokenizer)["model"]
+    state["model"] |= {k: v for k, v in codes.items() if not k.startswith("decoder")}
+    torch.save(state, path)
     return path
 
 
-def pictures(images):
+@pytest.fixture
+def encoded(monkeypatch):
+    """A list to which each batch that a tokenizer encodes adds its size."""
+    sizes, encode = [], vq.VQModel.encode
+    monkeypatch.setattr(vq.VQModel, "encode",
+                        lambda self, x: sizes.append(len(x)) or encode(self, x))
+    return sizes
+
+
+def encode(folder, tokenizer, source, crop="random", views=2, size=16):
+    args, model = Namespace(image_size=size, workers=0), vq.load_tokenizer(tokenizer)[0]
+    views = train_prior.Views(source, size, crop, views)
+    return train_prior.encode_dataset(folder, views, model, args, CPU)
+
+
+def read_cache(run, split):
+    path, = run.glob(f"codes/{split}-*.bin")
+    return np.fromfile(path, [("codes", np.uint16, 64), ("label", np.int32)])
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    gc.collect()  # closes the script's files, as the end of its process would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def to_pixels(images):
     return data.to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int)
 
 
@@ -67,75 +90,87 @@ def cells(path, columns):
     return grid[:, :, :16, :16].reshape(-1, 16, 16, 3)
 
 
+# --------------------------------------------------------------------------------- the code cache
+
 def test_the_cache_holds_the_codes_of_each_view(tokenizer, tmp_path):
     model, _ = vq.load_tokenizer(tokenizer)
-    codes, labels = encode(tmp_path / "a", tokenizer, Shapes())
-    assert codes.shape == (120, 64) and codes.dtype == np.uint16 and labels.dtype == np.int32
+    cache = encode(tmp_path / "a", tokenizer, Shapes())
+    codes = cache["codes"]
+    assert codes.shape == (120, 64) and codes.dtype == np.uint16
     for row in range(0, 120, 7):
         image, label = Shapes().load(row // 2, 16)
         view = data.augment(image, 16, "random", np.random.default_rng([0, row]))
         x = torch.tensor(view.copy()).permute(2, 0, 1)[None] / 127.5 - 1
-        assert (codes[row] == model.encode(x)[1].flatten().numpy()).all() and labels[row] == label
+        assert (codes[row] == model.encode(x)[1].flatten().numpy()).all()
+        assert cache["label"][row] == label
     assert (codes[::2] != codes[1::2]).any()  # flips
-    codes, _ = encode(tmp_path / "b", tokenizer, Shapes("val"), "center", 1)
+    codes = encode(tmp_path / "b", tokenizer, Shapes("val"), "center", 1)["codes"]
     x = data.to_float(data.EvalImages(Shapes("val"), 16)[5][0][None], CPU)
     assert len(codes) == 12 and codes[5].tolist() == model.encode(x)[1].flatten().tolist()
 
 
-def test_a_killed_cache_goes_on(tokenizer, tmp_path, many_photos, monkeypatch):
-    """Killed before the fourth batch of ten: seven are left to do."""
-    script = driver(tmp_path / "driver.py", """
-def to_float(*args, batches=[], real=data.to_float):
-    batches.append(args)
-    return real(*args) if len(batches) < 4 else os.kill(os.getpid(), 9)
-data.to_float = to_float""")
-    words = [*PRIOR, "--tokenizer", tokenizer, "--data", many_photos, "--val", many_photos]
-    assert launch([script, *words, "--out", tmp_path / "p"], check=False).returncode == -9
-    path, = tmp_path.glob("p/codes/train-*/codes.npy")
-    assert ((np.load(path) != EMPTY).all(1) == (np.arange(320) < 96)).all()
-    source, made, real = data.open_source(str(many_photos)), [], vq.VQModel.encode
-    monkeypatch.setattr(vq.VQModel, "encode", lambda self, x: made.append(len(x)) or real(self, x))
-    for _ in range(2):  # the second time nothing is left to do
-        went_on = encode(tmp_path / "p/codes/train", tokenizer, source)
-        assert made == [32] * 7
-    whole = encode(tmp_path / "whole", tokenizer, source)
-    assert all(map(np.array_equal, whole, went_on)) and not (went_on[0] == EMPTY).any()
+def test_encoding_resumes_from_whole_batches_of_a_cut_file(tokenizer, tmp_path, encoded,
+                                                           monkeypatch):
+    encode(tmp_path / "codes", tokenizer, Shapes())
+    path, = tmp_path.glob("codes-*.bin")
+    whole = path.read_bytes()
+    for rows, batches in ((31.5, 4), (64, 2), (70.5, 2), (119.9, 1), (120, 0)):
+        path.write_bytes(whole[:int(len(whole) * rows / 120)])
+        encoded.clear()
+        encode(tmp_path / "codes", tokenizer, Shapes())
+        assert encoded == [32] * batches and path.read_bytes() == whole, rows
+    # Another run finishes the file while this one waits for it.
+    path.unlink()
+    monkeypatch.setattr(fcntl, "lockf", lambda file, mode: path.write_bytes(whole))
+    encode(tmp_path / "codes", tokenizer, Shapes())
+    assert not encoded and path.read_bytes() == whole
 
 
 def test_a_codebook_of_more_than_65535_codes(tokenizer, tmp_path):
     model, _ = vq.load_tokenizer(tokenizer)
     codebook = model.quantizer.codebook.data
-    model.quantizer.codebook.data = torch.cat([codebook + 100] * 4374 + [codebook])  # 70,000
+    model.quantizer.codebook.data = torch.cat([codebook + 100] * 4374 + [codebook])
     model.quantizer.codebook_size = 70_000
-    args = SimpleNamespace(image_size=16, workers=0)
-    codes, _ = encode_dataset(tmp_path, Shapes("val"), model, "center", 1, args, CPU)
-    images = data.EvalImages(Shapes("val"), 16)
-    rows = torch.stack([images[i][0] for i in range(len(images))])  # one batch, as above: others
-    found = model.encode(data.to_float(rows, CPU))[1].flatten(1)    # may round otherwise
-    assert codes.min() >= 69_984 and np.array_equal(codes, found)
+    args, views = Namespace(image_size=4, workers=0), train_prior.Views(Shapes(), 4, "center", 1)
+    codes = train_prior.encode_dataset(tmp_path / "a", views, model, args, CPU)["codes"]
+    x = data.to_float(torch.stack([views[i][0] for i in range(32)]), CPU)  # as in the cache
+    assert codes.min() >= 69_984 and np.array_equal(codes[:32], model.encode(x)[1].flatten(1))
 
 
-def test_codes_that_are_not_there_at_the_end_are_missed(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(vq.VQModel, "encode", lambda self, x: (0, torch.full((len(x), 64), EMPTY)))
-    with pytest.raises(SystemExit, match="lacks codes"):
-        encode(tmp_path / "a", tokenizer, Shapes("val"))
-
-
-def test_what_decides_the_codes_names_their_folder(tokenizer, phase_2, tmp_path, photos):
-    other, folders = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "codes"
+def test_the_name_of_a_cache_depends_on_all_that_the_codes_depend_on(tokenizer, phase_2, tmp_path,
+                                                                     photos):
+    other, folder = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "codes"
 
     def new(tokenizer=tokenizer, source=None, **options):
-        before = {*folders.glob("*")}
-        encode(folders / "train", tokenizer, source or Shapes("val"), **options)
-        return len({*folders.glob("*")} - before)
+        before = {*folder.glob("*")}
+        encode(folder / "train", tokenizer, source or Shapes("val"), **options)
+        return len({*folder.glob("*")} - before)
     assert new() == 1 and new() == new(tokenizer=phase_2) == 0
     changes = [dict(tokenizer=other), dict(source=Shapes()), dict(crop="resized"), dict(views=3),
                dict(size=32), dict(source=data.open_source(str(photos)))]
     for change in changes:
         assert new(**change) == 1, change
-    Image.new("RGB", (64, 64)).save(photos / "cats/grey.png")  # another picture of that name
+    Image.new("RGB", (64, 64)).save(photos / "cats/grey.png")  # another image of that name
     assert new(source=data.open_source(str(photos))) == 1
 
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing(refused, script, tokenizer, prior,
+                                                       tmp_path):
+    words = ["train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / "run"]
+    with full_disk(10_000):
+        assert "cannot write" in (sentence := refused(*words)) and ".bin: " in sentence
+    found = encode(tmp_path / "run/codes/train", tokenizer, Shapes())  # when there is space again
+    assert found.tobytes() == encode(tmp_path / "whole", tokenizer, Shapes()).tobytes()
+    words = ["sample", "--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count",
+             32, "--batch_size", 8, "--out", tmp_path / "samples"]
+    with full_disk(10_000):
+        assert "samples.npz: " in (sentence := refused(*words)) and "cannot write" in sentence
+    assert not [*tmp_path.glob("samples/*")]
+    script(*words)
+    assert len(data.Samples(str(tmp_path / "samples/samples.npz"))) == 32
+
+
+# --------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_a_step_is_the_mean_over_all_predicted_codes(kind):
@@ -143,7 +178,7 @@ def test_a_step_is_the_mean_over_all_predicted_codes(kind):
     model = Transformer(kind, "tiny", 16, 9, 5, dropout=0.0).train()
     s, labels, u = torch.randint(16, (8, 9)), torch.randint(5, (8,)), torch.rand(8, 11)
     parts = [(s[i], *model.corrupt(s[i], labels[i], u[i])) for i in (slice(0, 4), slice(4, 8))]
-    loss = train_prior.prior_step(model, parts, SimpleNamespace(dtype="fp32"))
+    loss = train_prior.prior_step(model, parts, Namespace(dtype="fp32"))
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     tokens, labels, mask = model.corrupt(s, labels, u)
@@ -169,119 +204,143 @@ def test_learning_rates_are_table_10s(tokenizer, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_validation_equals_a_loop_and_best_is_the_best(train, tmp_path, kind, monkeypatch):
+def test_validation_equals_a_loop(train, tmp_path, kind, monkeypatch):
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 70})  # more than a batch of 64
-    state = train("--kind", kind, "--lr", 0.02)
-    run = tmp_path / "prior"
-    codes, val = (np.load(path).astype(int) for path in sorted(run.glob("codes/*/codes.npy")))
+    state, run, losses = train("--kind", kind, "--lr", 0.02), tmp_path / "prior", {}
     values = lines(run, "val")
     best = min(values, key=lambda value: value["loss"])
     model, saved = load_prior(run / "best.pt")
-    assert saved["step"] == best["step"] and state["step"] == 6 and len(values) == 2
-    u, total, count = torch.rand(70, 66, generator=torch.Generator().manual_seed(0)), 0, 0
-    for i, s in enumerate(torch.from_numpy(val)):
+    assert saved["step"] == best["step"] and [line["step"] for line in values] == [0, 3, 6]
+    u = torch.rand(70, 66, generator=torch.Generator().manual_seed(0))
+    for i, (s, label) in enumerate(read_cache(run, "val")):
+        s = torch.from_numpy(s.astype(int))
         tokens, _, mask = model.corrupt(s[None], None, u[i:i + 1])
-        log_p = model(tokens, torch.tensor([Shapes("val").label(i)])).log_softmax(-1)[0]
-        total -= log_p[torch.arange(64), s][mask[0]].sum().item()
-        count += mask.sum().item()
+        log_p = model(tokens, torch.tensor([label])).log_softmax(-1)[0]
+        for j in range(64):
+            known = sum(not mask[0, k] for k in range(64) if k != j) / 63
+            little, much = (j == 0, j >= 32) if kind == "ar" else (known < 1 / 4, known > 3 / 4)
+            names = ["loss"] + ["loss_little_context"] * little + ["loss_much_context"] * much
+            for name in names if mask[0, j] else ():
+                losses.setdefault(name, []).append(-log_p[j, s[j]].item())
+    want = {name: np.mean(each) for name, each in losses.items()}
+    codes = read_cache(run, "train")["codes"]
     p = np.unique(codes, return_counts=True)[1] / codes.size
-    H, loss = -(p * np.log(p)).sum(), total / count
-    want = {"loss": loss, "H": H, "lnK": math.log(16), "H_minus_loss": H - loss}
+    want["H"] = -(p * np.log(p)).sum()
+    want["H_minus_loss"] = want["H"] - want["loss"]
+    assert len(want) == 5
     assert {name: best[name] for name in want} == pytest.approx(want, abs=2e-5)
-    rates = [learning_rate(step, SimpleNamespace(**state["args"])) for step in range(6)]
+    rates = [learning_rate(step, Namespace(**state["args"])) for step in range(6)]
     assert [line["lr"] for line in lines(run, "train")] == pytest.approx(rates, rel=1e-5)
 
 
-def test_the_best_is_known_after_a_resume(train, tmp_path, monkeypatch, signal_at):
-    losses = iter([3.0, 1.0, math.nan, 1.5, 2.0])
-    monkeypatch.setattr(train_prior, "validate", lambda *args: next(losses))
+@pytest.mark.parametrize("uses", [True, False])
+def test_a_prior_that_ignores_the_other_codes_is_reported(train, monkeypatch, capsys, uses):
+    """All codes of an image are equal. The more of them are known, the surer this model is."""
+    encode, forward = vq.VQModel.encode, Transformer.forward
+
+    def logits(self, tokens, labels):
+        known = F.one_hot(tokens, 17)[..., :16].float().mean(1, keepdim=True)  # (B, 1, K)
+        return 0 * forward(self, tokens, labels) + 10 * uses * known
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 70})
+    monkeypatch.setattr(vq.VQModel, "encode",
+                        lambda *args: (0, encode(*args)[1][:, :1, :1].expand(-1, 8, 8)))
+    monkeypatch.setattr(Transformer, "forward", logits)
+    train("--kind", "nar", "--iters", 4, "--eval_every", 1)  # from the middle on: 2, 3, 4
+    assert capsys.readouterr().out.count("ignores the other codes") == (0 if uses else 3)
+
+
+def test_best_and_validated_survive_a_resume(train, script, refused, tokenizer, tmp_path,
+                                             monkeypatch, signal_at, capsys):
+    losses = iter([3.0, 1.0, math.nan, 1.5, 2.0, 0.5])
+    names = "loss", "loss_little_context", "loss_much_context"
+    monkeypatch.setattr(train_prior, "validate",
+                        lambda *args: dict.fromkeys(names, next(losses)))
+
+    def step_of(name):
+        return load(tmp_path / f"prior/{name}.pt")["step"]
+    with pytest.raises(SystemExit, match="step 2 not saved"):  # the loss is not finite
+        train("--eval_every", 1, "--iters", 2)
+    assert step_of("ckpt") == step_of("best") == 1
     signal_at(4)
     with pytest.raises(SystemExit, match="143"):
-        train("--eval_every", 1, "--iters", 5)
-    assert load(tmp_path / "prior/best.pt")["step"] == 2
+        train("--eval_every", 1, "--iters", 4, "--resume")
+    assert step_of("ckpt") == 4 and step_of("best") == 1
     signal_at(None)
-    train("--eval_every", 1, "--iters", 5, "--resume")  # makes up for the validation of step 4
-    assert load(tmp_path / "prior/best.pt")["step"] == 2
-    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, None, 1.5, 2.0]
-
-
-def test_a_signal_in_the_last_step_costs_no_best_checkpoint(train, tmp_path, signal_at, capsys):
-    signal_at(6)
-    with pytest.raises(SystemExit, match="143"):
-        train("--eval_every", 6)
-    assert load(tmp_path / "prior/ckpt.pt")["step"] == 6
-    assert not (tmp_path / "prior/best.pt").exists()
-    signal_at(None)
-    for _ in range(2):
+    for _ in range(2):  # the first makes up for the validation of step 4
         capsys.readouterr()
-        train("--eval_every", 6, "--resume")
-        assert load(tmp_path / "prior/best.pt")["step"] == 6
-        assert "is finished" in capsys.readouterr().out
-        assert len(lines(tmp_path / "prior", "val")) == 1
-
-
-def test_resume_is_exact(train, script, tmp_path, signal_at, tokenizer, refused):
-    words = ["--kind", "nar", "--accum", 2, "--label_dropout", 0.2]
-    whole = train(*words, out="whole")
-    signal_at(2)
-    with pytest.raises(SystemExit, match="143"):
-        train(*words, out="parts")
-    assert load(tmp_path / "parts/ckpt.pt")["step"] == 2
-    signal_at(None)
-    script("train_prior", "--out", tmp_path / "parts", "--resume")  # the flags are the run's
-    parts = load(tmp_path / "parts/ckpt.pt")
-    assert all(same(whole[k], parts[k]) for k in ("model", "opt", "step"))
-    for split in ("train", "val"):
-        assert lines(tmp_path / "whole", split) == lines(tmp_path / "parts", split)
+        script("train_prior", "--resume", "--out", tmp_path / "prior")  # the flags are the run's
+        assert step_of("best") == 4
+    assert "is finished" in capsys.readouterr().out
+    assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, 1.5, 2.0, 0.5]
     save_tokenizer(tokenizer, seed=1)  # trained on in the meantime: other codes
-    assert str(tokenizer) in refused("train_prior", "--out", tmp_path / "parts", "--resume")
+    assert str(tokenizer) in refused("train_prior", "--resume", "--out", tmp_path / "prior")
 
 
-def test_help_needs_no_tokenizer(script, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # nor minds a run
-    runtime.save_file("runs/prior/ckpt.pt", lambda file: None)
-    with pytest.raises(SystemExit, match="^0$"):
-        script("train_prior", "--help")
-
-
-def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, monkeypatch):
+def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, encoded):
     state = train("--data", many_photos, "--iters", 1, out="photos")  # a part is held out
     assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 2
     torch.manual_seed(0)
     before = Transformer("ar", "tiny", 16, 64, C, null_class=True).prefix.weight
-    changed = (train("--label_dropout", 1)["model"]["prefix.weight"] != before).any(1)
-    assert changed.tolist() == [False] * C + [True]  # no class is seen
-    monkeypatch.setattr(vq.VQModel, "encode", None)  # seeds and kinds share the codes
+    after = train("--label_dropout", 1, "--iters", 1)["model"]["prefix.weight"]
+    assert (after != before).any(1).tolist() == [False] * C + [True]  # no class is seen
+    encoded.clear()
     for classes, kind in ((0, "ar"), (C, "nar")):
         state = train("--codes", tmp_path / "prior/codes", "--classes", classes, "--kind", kind,
                       "--seed", 1, "--iters", 1, out=kind)
         assert state["config"]["classes"] == classes and state["config"]["kind"] == kind
+    assert not encoded  # seeds and kinds share the codes
 
 
-def test_two_processes_equal_one(train, script, tokenizer, tmp_path, many_photos):
-    """Also where one begins late. One process takes two micro-batches instead."""
-    late = driver(tmp_path / "driver.py", """
-def open_array(*args, real=train_prior.open_array):
-    array = real(*args)
-    time.sleep(runtime.rank() * (len(array.shape) == 1))
-    return array
-train_prior.open_array = open_array""")
-    words = ["--data", many_photos, "--val", many_photos, "--kind", "nar", "--dropout", 0,
-             "--lr", 1e-4, "--label_dropout", 0.3]
-    launch([late, *PRIOR, "--tokenizer", tokenizer, *words, "--out", tmp_path / "two"], 2)
+TWO = """
+import importlib, json, shutil, sys
+sys.path[:0], runs, out = json.loads(sys.argv[1])
+import data, runtime
+from miniature.shapes import Shapes
+Shapes.SIZES = {"train": 80, "val": 140}
+
+def to_float(*args, batches=[], real=data.to_float):
+    batches.append(args)
+    if runtime.is_main() and len(batches) == 2:  # what a SIGKILL would leave
+        shutil.copytree(f"{out}/two/codes", f"{out}/killed")
+    return real(*args)
+data.to_float = to_float
+
+def main():
+    for sys.argv in runs:
+        importlib.import_module(sys.argv[0]).main()
+        runtime.dist.init_process_group = lambda *_, **__: None  # once
+runtime.launch(main)
+"""
+
+
+def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch, encoded):
+    """One process takes two micro-batches. Two encode five batches in three rounds."""
+    monkeypatch.setattr(Shapes, "SIZES", {"train": 80, "val": 140})
+    words = ["--kind", "nar", "--dropout", 0, "--lr", 1e-4, "--label_dropout", 0.3]
+    draw = ["sample", "--prior", tmp_path / "two/ckpt.pt", "--tokenizer", tokenizer, "--count", 10,
+            "--steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
+    two = ["train_prior", *PRIOR, "--tokenizer", tokenizer, *words, "--out", tmp_path / "two"]
+    runs = [[*map(str, run)] for run in (two, [*draw, tmp_path / "s2"])]
+    (tmp_path / "two.py").write_text(TWO)
+    launch([tmp_path / "two.py", json.dumps([sys.path, runs, str(tmp_path)])], 2)
     train(*words, "--accum", 2, out="one")
-    files = [np.load(path) for path in sorted(tmp_path.glob("*/codes/*/*.npy"))]  # of each run 4
-    assert len(files) == 8 and all(map(np.array_equal, files[:4], files[4:]))
-    for split in ("train", "val"):
-        one, two = ([v["loss"] for v in lines(tmp_path / run, split)] for run in ("one", "two"))
-        assert len(one) == len(two) > 1 and one == pytest.approx(two, rel=1e-5)
-    words = ["--prior", tmp_path / "one/ckpt.pt", "--tokenizer", tokenizer, "--count", 10,
-             "--steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
-    launch(["sample.py", *words, tmp_path / "s2"], 2)
-    script("sample", *words, tmp_path / "s1")
+    for split, rows in (("train", 160), ("val", 140)):
+        one, two = (read_cache(tmp_path / run, split) for run in ("one", "two"))
+        assert len(one) == rows and one.tobytes() == two.tobytes()
+        one, two = ([{k: line[k] for k in line if k.startswith("loss")}
+                     for line in lines(tmp_path / run, split)] for run in ("one", "two"))
+        assert len(one) == len(two) == {"train": 6, "val": 3}[split]
+        assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(one, two))
+    encoded.clear()  # two processes were killed after a round; one resumes
+    resumed = encode(tmp_path / "killed/train", tokenizer, Shapes())
+    assert encoded == [32] * 3
+    assert resumed.tobytes() == read_cache(tmp_path / "two", "train").tobytes()
+    script(*draw, tmp_path / "s1")
     a, b = (np.load(tmp_path / s / "samples.npz") for s in ("s1", "s2"))
     assert all(np.array_equal(a[name], b[name]) for name in ("arr_0", "arr_1"))
 
+
+# --------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("kind, options", [
     ("ar", dict(top_k=9, top_p=0.9)), ("nar", dict(steps=3, choice_temperature=1.0))])
@@ -292,14 +351,14 @@ def test_samples_are_whole_batches_decoded(script, tokenizer, phase_2, tmp_path,
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     prior, codes = load_prior(path)[0], []
     for first in (0, 4, 8):
-        torch.manual_seed(runtime.seed_of(7, first))
+        torch.manual_seed(runtime.mix_seeds(7, first))
         codes.append(prior.generate(4, torch.tensor([3, 5, 3, 5]), **options))
     codes = torch.cat(codes)[:10].view(10, 8, 8)
     for out, file in (("one", tokenizer), ("two", phase_2)):
         script("sample", "--prior", path, "--tokenizer", file, "--labels", 3, 5, "--count", 10,
                "--batch_size", 4, "--seed", 7, "--device", "cpu", "--out", tmp_path / out, *words)
         images = np.load(tmp_path / out / "samples.npz")["arr_0"]
-        want = pictures(vq.load_tokenizer(file)[0].decode_indices(codes))
+        want = to_pixels(vq.load_tokenizer(file)[0].decode_indices(codes))
         assert images.shape == (10, 16, 16, 3) and abs(images - want).max() <= 1
 
 
@@ -307,11 +366,11 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     words = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count", 12]
     script("sample", *words, "--out", tmp_path / "a")
     saved = np.load(tmp_path / "a/samples.npz")
-    assert saved["arr_1"].tolist() == [i % C for i in range(12)]
-    np.savez(tmp_path / "b.npz", saved["arr_0"], saved["arr_1"])  # ADM's layout
+    np.savez(tmp_path / "b.npz", saved["arr_0"], np.arange(12) % C)  # ADM's layout
     one, two = (zipfile.ZipFile(path) for path in (tmp_path / "a/samples.npz", tmp_path / "b.npz"))
-    assert {*one.namelist()} == {*two.namelist()}
-    assert all(one.read(name) == two.read(name) for name in two.namelist())
+    assert one.namelist() == two.namelist()
+    for a, b in zip(one.infolist(), two.infolist()):
+        assert one.read(a) == two.read(b) and a.compress_type == b.compress_type
     assert np.array_equal(cells(tmp_path / "a/grid.png", 8)[:12], saved["arr_0"])
     script("sample", *words, "--labels", "cone", 0, "--count", 20, "--out", tmp_path / "c")
     grid = np.asarray(Image.open(tmp_path / "c/grid.png"))  # a row for each class, named
@@ -324,45 +383,59 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     assert made["count"] == 12 and made["top_p"] == 0.92 and made["kind"] == "ar"
     assert len([*(tmp_path / "a").iterdir()]) == 3  # nothing unfinished is left
     assert str(tmp_path / "a") in refused("sample", *words, "--out", tmp_path / "a")
+    script("sample", *words, "--count", 3, "--out", tmp_path / "d")
+    assert np.load(tmp_path / "d/samples.npz")["arr_1"].tolist() == [0, 2, 5]  # evenly spaced
     save_prior(prior, tokenizer, classes=0)
-    script("sample", *words, "--out", tmp_path / "d")
-    assert np.load(tmp_path / "d/samples.npz").files == ["arr_0"]  # no labels
+    script("sample", *words, "--count", 3, "--out", tmp_path / "e")
+    assert np.load(tmp_path / "e/samples.npz").files == ["arr_0"]  # no labels
 
 
-def test_what_does_not_belong_together_is_refused(prior, tokenizer, tmp_path, refused, monkeypatch):
+@pytest.mark.parametrize("kind, name, values, others", [
+    ("ar", "top_p", (0.92, 0.98), ("steps", "choice_temperature")),
+    ("nar", "choice_temperature", (0.45, 0.65), ("top_p", "top_k"))])
+def test_sampling_defaults_are_table_10s(monkeypatch, kind, name, values, others):
+    def options(classes, *words):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *words])
+        prior = Transformer(kind, "tiny", 16, 4, classes)
+        return sample.decoding_options(sample.parse(), prior)
+    more = {"ar": {"top_k": 0}, "nar": {"steps": 12}}[kind] | {"temperature": 1, "cfg": 0}
+    assert options(10) == more | {name: values[0]} and options(0) == more | {name: values[1]}
+    assert options(0, f"--{name}", "0.5")[name] == 0.5
+    for other in others:
+        with pytest.raises(SystemExit, match=f"--{other} .*{kind.upper()}"):
+            options(10, f"--{other}", "1")
+
+
+def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, refused,
+                                                   monkeypatch):
     other, out = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "out"
-    words = ["sample", "--device", "cpu", "--out", out]
-    assert "other.pt" in refused(*words, "--prior", prior, "--tokenizer", other)
+    words = ["sample", "--device", "cpu", "--out", out, "--tokenizer", tokenizer, "--prior", prior]
     view = [*words, "--teacher_forced", "shapes", "--runs"]
     assert "other.pt" in refused(*view, f"{prior}:{other}")
     nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
     assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
-    assert "prior.pt" in refused(*words, "--prior", prior, "--tokenizer", prior)
-    assert "--label_dropout" in refused(*words, "--prior", prior, "--tokenizer", tokenizer,
-                                        "--cfg", 1)
-    pair = ["--prior", prior, "--tokenizer", tokenizer]
+    assert "--label_dropout" in refused(*words, "--cfg", 1)
     for flag in ("count", "steps", "batch_size", "temperature", "top_p"):
-        assert f"--{flag}" in refused(*words, *pair, f"--{flag}", 0)
-    assert f"0 to {C - 1}" in refused(*words, *pair, "--labels", 99)
-    assert "nearest names: cone" in refused(*words, *pair, "--labels", "cones")
+        assert f"--{flag}" in refused(*words, f"--{flag}", 0)
+    assert "nearest names: cone" in refused(*words, "--labels", "cones")
     bare = save_prior(tmp_path / "bare.pt", tokenizer, classes=0)
-    assert "without classes" in refused(*words, *pair, "--prior", bare, "--labels", 1)
-    monkeypatch.setattr(runtime, "world", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert "one machine" in refused(*words, *pair)
-    assert "one process" in refused(*words, "--noise", "shapes", "--tokenizer", tokenizer)
+    assert "without classes" in refused(*words, "--prior", bare, "--labels", 1)
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    assert "one process" in refused(*words, "--noise", "shapes")
     assert not out.exists()
 
 
+# ------------------------------------------------------------------------------- looking inside
+
 def test_the_teacher_forced_view_equals_a_loop(prior, tokenizer, phase_2, tmp_path, script, capsys):
-    """s'_i is the argmax given s_<i, and s_1 given the class alone."""
+    """s'_i is the argmax given s_<i, and s_1 given only the class."""
     script("sample", "--teacher_forced", "shapes", "--count", 3, "--out", tmp_path, "--device",
            "cpu", "--runs", f"{prior}:{tokenizer}", f"{prior}:{phase_2}")
     shown, right = cells(tmp_path / "teacher_forced.png", 5), 0
     one, two = (vq.load_tokenizer(path)[0] for path in (tokenizer, phase_2))
     net, _ = load_prior(prior)
-    for row, i in enumerate((0, 5, 11)):  # evenly spread over the validation set
-        image, label, _ = data.EvalImages(Shapes("val"), 16)[i]
+    for row, i in enumerate((0, 5, 11)):  # evenly spaced in the validation set
+        image, label = data.EvalImages(Shapes("val"), 16)[i]
         s, top1 = one.encode(data.to_float(image[None], CPU))[1], []
         for j in range(64):  # codes from j on are blotted out: they must not matter
             before = torch.where(torch.arange(64) < j, s.flatten(1), 0)
@@ -370,19 +443,27 @@ def test_the_teacher_forced_view_equals_a_loop(prior, tokenizer, phase_2, tmp_pa
         top1 = torch.stack(top1).view_as(s)
         right += (top1 == s).sum().item()
         want = [m.decode_indices(codes) for m in (one, two) for codes in (s, top1)]
-        want = pictures(torch.cat([data.to_float(image[None], CPU), *want]))
+        want = to_pixels(torch.cat([data.to_float(image[None], CPU), *want]))
         assert abs(shown[5 * row:5 * row + 5] - want).max() <= 1
     said = re.findall(r"accuracy ([\d.]+) %", capsys.readouterr().out)
     assert said == [f"{100 * right / 192:.1f}"] * 2
 
 
-def test_changed_codes_under_noise_equal_a_loop(tokenizer, script, capsys):
-    model, changed = vq.load_tokenizer(tokenizer)[0], 0
-    y = (sample.read_images("shapes", 16, 12, CPU)[0] + 1) / 2  # in [0, 1]
+def test_changed_codes_under_noise_equal_a_loop_over_held_out_images(tmp_path, many_photos, script,
+                                                                    capsys):
+    names = sorted(str(path.relative_to(many_photos)) for path in many_photos.rglob("*.png"))
+    held_out = [name for name in names if zlib.crc32(os.fsencode(name)) % 20 == 0]
+    y = torch.stack([data.to_tensor(data.center_crop(Image.open(many_photos / name), 16))
+                     for name in held_out]) / 255
+    tokenizer = save_tokenizer(tmp_path / "photos.pt", data=str(many_photos))
+    model, saved = vq.load_tokenizer(tokenizer)
+    changed, codes = 0, len(y) * 64
     noisy = y + 0.1 * torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
-    for i in range(12):
+    for i in range(len(y)):
         before, after = (model.encode(2 * z[i:i + 1] - 1)[1].flatten() for z in (y, noisy))
         changed += sum(a != b for a, b in zip(before.tolist(), after.tolist()))
-    script("sample", "--noise", "shapes", "--tokenizer", tokenizer, "--count", 12, "--sigma", 0.1,
-           "--seed", 3, "--device", "cpu")
-    assert f"\n{100 * changed / (12 * 64):.2f} %" in capsys.readouterr().out and changed > 20
+    script("sample", "--noise", many_photos, "--tokenizer", tokenizer, "--count", 160, "--sigma",
+           0.1, "--seed", 3, "--device", "cpu")
+    assert f"\n{100 * changed / codes:.2f} %" in capsys.readouterr().out and changed > 20
+    saved["args"]["val"] = "elsewhere"  # then no image of the folder is held out
+    assert len(sample.read_images(str(many_photos), saved, 160, CPU)[0]) == 160

@@ -1,19 +1,18 @@
 """The component files by themselves; the tokenizer against slow references and counts."""
-import importlib.util
-import itertools
 import math
 import re
-import shutil
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, same
+from conftest import ROOT, Code, same
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import losses
+import transformer
 import vq
 from losses import load_vgg
 from transformer import load_prior
@@ -34,72 +33,37 @@ def spread_codes(name="vq", K=32, z_dim=8, **options):
     return q, torch.randn(2, z_dim, 4, 4)
 
 
-# ------------------------------------------------------------------- the files by themselves
-
-@pytest.fixture
-def alone(tmp_path, monkeypatch):
-    """alone("vq"): all names of a copy of vq.py, imported from an empty folder where no other file
-    of the project can be imported; and the lines of code in its docstring."""
-    def call(name):
-        mine = [ROOT, *(ROOT / folder for folder in ("miniature", "benchmarks", "tests"))]
-        monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() not in mine])
-        for path in (path for folder in mine for path in folder.glob("*.py")):
-            monkeypatch.delitem(sys.modules, path.stem, raising=False)
-        file = shutil.copy(ROOT / f"{name}.py", tmp_path)
-        spec = importlib.util.spec_from_file_location(name, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return vars(module), re.findall(r"^    (\w[\w, ]* = .+)", module.__doc__, re.M)
-    return call
+def after_docstring(module, count, **names):
+    """All names of a module after the `count` lines of code in its docstring."""
+    shown = re.findall(r"^    (\w[\w, ]* = .+)", module.__doc__, re.M)
+    assert len(shown) == count
+    names = vars(module) | names
+    exec("\n".join(shown), names)
+    return names
 
 
-def test_the_attention_decoder_takes_at_most_64_images_at_once(monkeypatch):
-    model, sizes, forward = vq.VQModel((16, 16), 8, attention=1), [], vq.Decoder.forward
-    monkeypatch.setattr(vq.Decoder, "forward",
-                        lambda net, z: sizes.append(len(z)) or forward(net, z))
-    z_q = torch.randn(70, 8, 4, 4)
-    x_hat = model.decode(z_q)
-    assert sizes == [64, 6] and torch.allclose(x_hat[65:], model.decode(z_q[65:]), atol=1e-5)
-
-
-def test_vq_stands_alone_and_does_what_its_docstring_shows(alone):
-    names, shown = alone("vq")
-    assert len(shown) == 3
+def test_components_stand_alone_and_do_what_their_docstrings_show():
+    for module in (vq, losses, transformer):
+        source = Path(module.__file__).read_text()
+        imported = re.findall(r"^ *(?:import|from) (\w+)", source, re.M)
+        assert len(imported) > 4 and not {*imported} & {path.stem for path in ROOT.iterdir()}
     with FakeTensorMode():  # the paper's size, without its arithmetic
-        names["x"] = torch.empty(2, 3, 256, 256)
-        exec("\n".join(shown), names)
-    assert names["x_hat"].shape == (2, 3, 256, 256) and names["indices"].shape == (2, 16, 16)
-    assert names["terms"]["vq"].shape == ()
-
-
-def test_losses_stand_alone_and_do_what_their_docstring_shows(alone):
-    names, shown = alone("losses")
-    assert len(shown) == 4
-    with FakeTensorMode():
-        names["load_vgg"] = lambda spec: names["VGG16"]()
-        names["x"], names["x_hat"] = torch.empty(2, 2, 3, 256, 256)
-        exec("\n".join(shown), names)
-    assert names["loss"].shape == names["loss_d"].shape == ()
-    assert set(names["layers"]) == {"relu5_3", "logit"}
-
-
-def test_transformer_stands_alone_and_does_what_its_docstring_shows(alone):
-    names, shown = alone("transformer")
-    assert len(shown) == 3
+        x, x_hat = torch.empty(2, 2, 3, 256, 256)
+        found = after_docstring(vq, 3, x=x)
+        assert found["x_hat"].shape == x.shape and found["indices"].shape == (2, 16, 16)
+        assert found["terms"]["vq"].shape == ()
+        found = after_docstring(losses, 4, x=x, x_hat=x_hat, load_vgg=lambda _: losses.VGG16())
+        assert found["loss"].shape == found["loss_d"].shape == ()
+        assert set(found["layers"]) == {"relu5_3", "logit"}
     for kind in ("ar", "nar"):
-        model = names["model"] = names["Transformer"](kind, "tiny", 16, 4, classes=3)
-        names["indices"], names["labels"] = torch.zeros(2, 4).long(), torch.tensor([0, 2])
-        exec("\n".join(shown), names)
-        assert names["total"] > 0 and 2 <= names["count"] <= 8
+        model = transformer.Transformer(kind, "tiny", 16, 4, classes=3)
+        found = after_docstring(transformer, 3, model=model, labels=torch.tensor([0, 2]),
+                                indices=torch.zeros(2, 4).long())
+        assert found["total"] > 0 and 2 <= found["count"] <= 8
         assert model.eval().generate(64, torch.arange(64) % 3, steps=4).shape == (64, 4)
 
 
-class Code:
-    def __reduce__(self):  # what is called when a file with such an object is unpickled
-        return open, ("ran", "w")
-
-
-def test_loaders_refuse_other_files_and_run_no_code(tmp_path, vgg, tokenizer, prior, monkeypatch):
+def test_loaders_reject_other_files_and_run_no_code(tmp_path, vgg, tokenizer, prior, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {load_tokenizer: tokenizer, load_prior: prior, load_vgg: vgg}
     for load, good in files.items():
@@ -135,6 +99,15 @@ def test_fingerprint_is_of_encoder_and_codebook(name):
 
 # -------------------------------------------------------------------------- encoder, decoder
 
+def test_the_attention_decoder_takes_at_most_64_images_at_once(monkeypatch):
+    model, sizes, forward = vq.VQModel((16, 16), 8, attention=1), [], vq.Decoder.forward
+    monkeypatch.setattr(vq.Decoder, "forward",
+                        lambda net, z: sizes.append(len(z)) or forward(net, z))
+    z_q = torch.randn(70, 8, 4, 4)
+    x_hat = model.decode(z_q)
+    assert sizes == [64, 6] and torch.allclose(x_hat[65:], model.decode(z_q[65:]), atol=1e-5)
+
+
 def test_parameter_counts_are_the_papers_and_printed(capsys):
     vq.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("M")]
@@ -142,32 +115,19 @@ def test_parameter_counts_are_the_papers_and_printed(capsys):
     assert counts == {"54.5M": "54.52M", "57.9M": "57.94M", "61.4M": "61.36M", "70.0M": "69.87M"}
 
 
-def attend_by_loops(layer, x, p, dilated):
-    b, c, h, w = x.shape
-    qkv = layer.qkv(layer.norm(x).permute(0, 2, 3, 1))  # (b, h, w, 3c)
-    out, d = torch.zeros(b, h, w, c), c // layer.heads
-
-    def group(i, j):
-        return (i % p, j % p) if dilated else (i // p, j // p)
-    positions = list(itertools.product(range(h), range(w)))
-    for n, (i, j) in itertools.product(range(b), positions):
-        members = [qkv[n, k, m] for k, m in positions if group(k, m) == group(i, j)]
-        for a in range(0, c, d):
-            q = qkv[n, i, j, a:a + d]
-            keys = torch.stack([member[c + a:c + a + d] for member in members])
-            values = torch.stack([member[2 * c + a:2 * c + a + d] for member in members])
-            out[n, i, j, a:a + d] = (keys @ q / math.sqrt(d)).softmax(0) @ values
-    return x + layer.out(out).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("size", [(8, 8), (8, 6), (6, 8), (5, 5)])
 @pytest.mark.parametrize("dilated", [False, True])
-def test_attention_against_loops(size, dilated):
+def test_attention_is_full_attention_masked_to_its_groups(size, dilated):
     torch.manual_seed(0)
-    layer = BlockAttention(16, dilated)
+    layer, x, p = BlockAttention(16, dilated), torch.randn(2, 16, *size), vq.block_side(*size)
     nn.init.normal_(layer.out.weight)
-    x, p = torch.randn(2, 16, *size), vq.block_side(*size)
-    assert torch.allclose(layer(x), attend_by_loops(layer, x, p, dilated), atol=1e-5)
+    row, column = torch.cartesian_prod(*map(torch.arange, size)).T
+    group = 8 * (row % p) + column % p if dilated else 8 * (row // p) + column // p
+    qkv = layer.qkv(layer.norm(x).flatten(2).mT).unflatten(-1, (3, layer.heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (2, heads, positions, d)
+    weights = (q @ k.mT / math.sqrt(q.shape[-1])).where(group == group[:, None], -torch.inf)
+    y = layer.out((weights.softmax(-1) @ v).transpose(1, 2).flatten(2)).mT
+    assert torch.allclose(layer(x), x + y.reshape(x.shape), atol=1e-5)
 
 
 def test_sides_of_blocks_heads_and_groups():
@@ -192,15 +152,6 @@ def test_shortcut_takes_the_blocks_input():
     assert torch.allclose(block(x), h + block.shortcut(x))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_codes_decode_to_the_reconstruction(name):
-    model = small(quantizer=name).eval()
-    x = torch.randn(2, 3, 16, 16)
-    x_hat, indices, _ = model(x)
-    assert x_hat.shape == x.shape and indices.shape == (2, 8, 8) and indices.dtype == torch.int64
-    assert torch.allclose(model.decode_indices(indices), x_hat, atol=1e-5)
-
-
 # --------------------------------------------------------------------------------- quantizer
 
 def test_distances_and_nearest_code_against_a_loop():
@@ -210,7 +161,7 @@ def test_distances_and_nearest_code_against_a_loop():
     slow = torch.stack([torch.stack([((row - c) ** 2).sum() for c in codes]) for row in rows])
     assert torch.equal(indices.flatten(), slow.argmin(1))
     assert torch.allclose(z_q.permute(0, 2, 3, 1).flatten(0, 2), codes[slow.argmin(1)], atol=1e-6)
-    for far, digits in ((0, 1e-5), (300, 1e-2)):  # it keeps them far from the origin
+    for far, digits in ((0, 1e-5), (300, 1e-2)):  # precise far from the origin, too
         q.codebook.data = codes + far
         assert torch.allclose(q.distances(rows + far), slow, atol=digits)
 
@@ -223,7 +174,7 @@ def test_gradients_straight_through_and_by_eq_2():
     mse = pytest.approx(F.mse_loss(z_q, z).item(), rel=1e-5)
     assert terms["codebook"].item() == mse == terms["commitment"].item()
     assert terms["vq"].item() / 1.25 == mse
-    terms["vq"].backward()  # the encoder feels beta, the codebook feels 1
+    terms["vq"].backward()  # beta scales the encoder's gradient only
     assert torch.allclose(z.grad, 0.25 * 2 * (z - z_q).detach() / z.numel(), atol=1e-7)
     assert torch.allclose(q.codebook.grad.sum(0), -4 * z.grad.sum((0, 2, 3)), atol=1e-6)
 
@@ -241,11 +192,6 @@ def test_entropy_term_against_a_loop_and_its_sign():
     assert all(g.any() for g in torch.autograd.grad(terms["H"], (z, q.codebook), retain_graph=True))
     rest = terms["vq"] - terms["codebook"] - 0.25 * terms["commitment"]
     assert rest.item() == pytest.approx(0.01 * (math.log(5) - H), rel=1e-3)
-
-
-def test_usage_and_perplexity():
-    found = vq.usage_and_perplexity(torch.tensor([5, 5, 0, 0]))
-    assert found == pytest.approx((0.5, 2.0, math.log(2)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -277,21 +223,34 @@ def test_all_quantizers_are_fp32_under_autocast(name):
     assert cast["z_q"].dtype == cast["embed"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_soft_usage_passes_through_mean_in_training(name):
-    q, z = spread_codes(name)
-    calls, one = [], q(z)[2]["H"]
+def processes(monkeypatch, **calls):
+    """From now on vq.py sees a torch.distributed of two processes with these collectives."""
+    calls |= {"is_available": lambda: True, "is_initialized": lambda: True,
+              "get_world_size": lambda: 2}
+    monkeypatch.setattr(vq, "dist", SimpleNamespace(**calls))
 
-    def mean(usage):  # two processes, the other one with uniform usage
-        calls.append(usage)
-        return (usage + 1 / 32) / 2
-    q.mean_over_processes = mean
-    H = q(z)[2]["H"]
-    usage, = calls
-    for value, u in ((one, usage), (H, (usage + 1 / 32) / 2)):
-        assert value.item() == pytest.approx(-(u * u.log()).sum().item(), rel=1e-4)
-    q.eval()(z)
-    assert len(calls) == 1 and usage.requires_grad  # not in validations
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_compute_the_entropy_term_of_one(name, monkeypatch):
+    """Each sees one of two images. Values are equal, gradients after averaging them."""
+    q, z = spread_codes(name)
+    q(z)  # at the first pass K-means replaces the codes
+    H = q(z.requires_grad_())[2]["H"]
+    wanted, usages = torch.autograd.grad(H, (z, q.codebook)), []
+
+    def all_reduce(usage):  # the first round shows what the other process has in the second one
+        usages.append(usage.clone())
+        usage += usages[len(usages) % 2] if len(usages) > 2 else 0
+    processes(monkeypatch, all_reduce=all_reduce)
+    for _ in range(2):
+        parts = [q(part)[2]["H"] for part in z.split(1)]
+    for part in parts:
+        assert part.item() == pytest.approx(H.item(), rel=1e-5)
+    grads = (torch.autograd.grad(part, (z, q.codebook)) for part in parts)
+    for mean, grad in zip(map(sum, zip(*grads)), wanted):
+        assert grad.any() and torch.allclose(mean / 2, grad, atol=1e-6)
+    q.eval()(z)  # a validation
+    assert len(usages) == 4
 
 
 def test_factorized_codes_and_features_lie_on_the_sphere():
@@ -300,7 +259,7 @@ def test_factorized_codes_and_features_lie_on_the_sphere():
     assert torch.allclose(q.vectors().norm(dim=1), torch.ones(64), atol=1e-6)
     rows = F.normalize(q.down(z.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
     z_q, indices, terms = q(z)
-    assert torch.equal(indices.flatten(), (rows @ q.vectors().T).argmax(1))  # nearest: most alike
+    assert torch.equal(indices.flatten(), (rows @ q.vectors().T).argmax(1))  # cosine similarity
     mse = F.mse_loss(rows, q.vectors()[indices.flatten()]).item()
     assert terms["codebook"].item() == pytest.approx(mse, rel=1e-5) == terms["commitment"].item()
     assert torch.allclose(z_q, q.up(q.vectors()[indices]).permute(0, 3, 1, 2), atol=1e-5)
@@ -312,10 +271,10 @@ def test_kmeans_finds_clusters():
     points = centres.repeat_interleave(50, 0) + 0.01 * torch.randn(150, 4)
     points = torch.cat([points, torch.full((5, 4), math.nan)])[torch.randperm(155)]
     errors = [torch.cdist(kmeans(points, 3, seed), centres).min(0).values for seed in range(20)]
-    assert min(map(max, errors)) < 0.1  # of several starts one at least finds all three
+    assert min(map(max, errors)) < 0.1  # at least one of several initialisations finds all three
     assert torch.equal(kmeans(points, 3, seed=1), kmeans(points, 3, seed=1))
     few = points[:6]
-    many = kmeans(few, 8, seed=0)  # codes without a point are random ones of the points
+    many = kmeans(few, 8, seed=0)  # codes without a point are put on random points
     assert many.shape == (8, 4) and (many[:, None] == few).all(-1).any(1).all()
 
 
@@ -323,7 +282,8 @@ def test_kmeans_replaces_the_codes_by_centres_of_the_newest_rows_of_all_processe
     for name, value in {"EVERY": 4, "UNTIL": 8, "ROWS": 40}.items():
         monkeypatch.setattr(KMeans, name, value)
     q, changed = spread_codes("kmeans", K=8, z_dim=4)[0], []
-    q.gather_rows = lambda rows: torch.cat([rows, rows + 9])  # two processes
+    processes(monkeypatch, all_reduce=lambda usage: None,
+              all_gather=lambda rows, mine: [row.copy_(mine + 9 * i) for i, row in enumerate(rows)])
     for step in range(16):
         before, z = q.codebook.clone(), torch.randn(2, 4, 4, 4) + 5
         q(z)
