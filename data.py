@@ -7,8 +7,8 @@ A source is a Dataset with
     len(source)         number of images
     classes             names of the labels; empty if there are none
     name(i)             name of image i, unique; a hash of it decides whether i is held out
-    load(i, size)       a PIL RGB image and its label. A large JPEG may be decoded at a fraction of
-                        its size, but not below twice `size`; 0: at full size
+    load(i, size)       a PIL RGB image and its label. size > 0: a JPEG may be decoded at a
+                        fraction of its size, but not below 2 * size
     has_splits          whether it has a validation split of its own; default: no
 
 Sample n = step * batch_size + position shows image permutation(seed, n // N)[n % N], cropped and
@@ -46,9 +46,8 @@ HELD_OUT = 20  # without --val, 1 image in 20 is held out for validation
 # ----------------------------------------------------------------------------------- sources
 
 def open_source(spec, split="train", hold_out=False, classes=None):
-    """The source that --data or --val names. split: "train" or "val", of a data set with splits;
-    with hold_out also of any other, 1 image in 20 being held out. classes: number the labels as
-    another source does."""
+    """The source that --data or --val names. split: "train" or "val". hold_out: also split a source
+    that has no splits; 1 image in 20 is held out. classes: names that fix the numbers of labels."""
     kind, _, name = spec.partition(":")
     if kind == "shapes":
         from miniature.shapes import Shapes
@@ -71,7 +70,7 @@ def open_source(spec, split="train", hold_out=False, classes=None):
 
 
 def is_training_data(spec, args):
-    """Whether `spec` is the data set that a tokenizer with these flags holds images out of."""
+    """Whether a tokenizer with these flags held images out of `spec`."""
     return not args["val"] and os.path.realpath(spec) == os.path.realpath(args["data"])
 
 
@@ -148,7 +147,7 @@ class Folder(Dataset):
 def list_files(root):
     """Names of all files below `root`, relative to it. Follows links, but not in circles; skips
     hidden files and folders."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=runtime.print0):
         here = os.path.realpath(folder) + os.sep
         subfolders[:] = [name for name in subfolders if name[0] != "." and not here.startswith(
             os.path.realpath(os.path.join(folder, name)) + os.sep)]
@@ -255,7 +254,7 @@ class Lsun(Dataset):
 
 
 def content_hash(source):
-    """A short hash of the names and labels of a source, and of 100 of its images."""
+    """Hash of all names, and of 100 images with their labels."""
     digest = hashlib.sha256(repr([source.name(i) for i in range(len(source))]).encode())
     for i in evenly_spaced(len(source), 100):
         with contextlib.suppress(Exception):  # an unreadable image
@@ -329,7 +328,8 @@ reported = set()  # unreadable images that this process has reported
 
 
 def load_readable(source, i, size):
-    """Image i and its label. If it is unreadable, it is reported once and the next one is taken."""
+    """Image i and its label. An unreadable image is reported once per process, and the next one is
+    taken."""
     for j in itertools.islice(itertools.chain(range(i, len(source)), range(i)), 1000):
         try:
             return source.load(j, size)
@@ -364,7 +364,7 @@ class TrainImages(Dataset):
 
 class EvalImages(Dataset):
     """Image i under the validation transform (size 0: as it is): uint8 (3, S, S), label. strict:
-    an unreadable image is an error, as a metric needs it."""
+    raise on an unreadable image (for metrics)."""
 
     def __init__(self, source, size, strict=False):
         self.source, self.size = source, size
@@ -464,13 +464,15 @@ def main():
     add = parser.add_argument
     add("--data", default="shapes", help="as in the training scripts")
     add("--split", choices=("train", "val"),
-        help="one split; default: all of a folder, of other sets the training split")
+        help="default: all of a folder; for data sets with splits, train")
     add("--image_size", type=runtime.positive_int, default=256, help="size of the cropped images")
     add("--out", help="folder for the cropped images as PNG, in class folders")
     add("--count", type=runtime.positive_int, help="number of images, evenly spaced; default: all")
     add("--preview", default="preview.png", help="file for the preview")
     add("--workers", type=runtime.at_least(0), default=8, help="data loading workers")
     args = parser.parse_args()
+    if "RANK" in os.environ:
+        raise SystemExit("data.py runs in one process: python, not torchrun")
     source = open_source(args.data, args.split or "train", hold_out=bool(args.split))
     chosen, counts, bad = evenly_spaced(len(source), args.count), collections.Counter(), 0
     if args.out and next(Path(args.out).rglob("*.*"), None):

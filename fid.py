@@ -56,17 +56,17 @@ def frechet_distance(mean1, cov1, mean2, cov2):
 
 def resize_tf1(images):
     """TensorFlow 1's bilinear resize (torch-fidelity, ADM): uint8 (B, 3, H, W) -> (B, 3, 299, 299)
-    in [-1, 1). Output pixel i reads position i * H / 299, without the half pixel that would centre
-    it: a slip of TensorFlow 1 that is part of the published numbers."""
+    in [-1, 1). Output pixel i reads position i * H / 299, without the half pixel that would center
+    it: a bug of TensorFlow 1 that is part of the published numbers."""
     x = images.float()
     for dim in (3, 2):  # along each row first, as TensorFlow does
         at = torch.arange(299, device=x.device, dtype=torch.float32) * (x.shape[dim] / 299)
         low = at.long()
         high = (low + 1).clamp(max=x.shape[dim] - 1)
         x_low, x_high = x.index_select(dim, low), x.index_select(dim, high)
-        share = (at - low).view(-1, *[1] * (3 - dim))  # (299,) in rows, (299, 1) in columns
-        x = x_low + (x_high - x_low) * share
-    return (x - 128) / 128  # not 127.5: so does the graph of 2015; 255 becomes 0.992
+        fraction = (at - low).view(-1, *[1] * (3 - dim))  # (299,) in rows, (299, 1) in columns
+        x = x_low + (x_high - x_low) * fraction
+    return (x - 128) / 128  # 128, as in the 2015 graph, not 127.5; 255 maps to 0.992
 
 
 class Inception(nn.Module):
@@ -176,7 +176,8 @@ def compute_statistics(images, net, args, device, tokenizer=None):
     zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no float64
     n, D = len(images), net.feature_dim
     x_sum, xx_sum, correct = zeros(D), zeros(D, D), zeros(1)
-    p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)  # of p(y|x), of each tenth
+    # Sums per split of p(y|x), and of p log p
+    p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)
     K = tokenizer.quantizer.codebook_size if tokenizer else 1
     histogram = torch.zeros(K, dtype=torch.int64, device=device)
     # IS uses ten random splits. If images ordered by class are not shuffled, each split has a
@@ -261,16 +262,17 @@ def parse(argv):
     add("--fake", help="the images to evaluate: likewise")
     add("--tokenizer", help="checkpoint: evaluate its reconstructions of --real")
     add("--image_size", type=runtime.at_least(0), default=0,
-        help="resize and centre crop (no npz); default: the tokenizer's, else as they are")
-    add("--split", choices=("train", "val"), help="of a data set the part that is trained on, or "
-        "held out; default: all of a folder, of other sets the part that is trained on")
+        help="resize the shorter side and center crop (never an npz); default: the tokenizer's "
+             "size, else unchanged")
+    add("--split", choices=("train", "val"), help="default: all of a folder; for data sets with "
+        "splits, train; with --tokenizer the held-out part of its training data")
     add("--count", type=runtime.positive_int,
         help="number of images of each set, evenly spaced; default: all")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")
     add("--inception", help=f"a local copy of {WEIGHTS}; default: downloaded")
     add("--features", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
-    add("--save", help="write the statistics of --real to this npz, to be --real later")
+    add("--save", help="write the statistics of --real to this npz, for later use as --real")
     add("--json", help="write the result, and all that it depends on, to this file")
     add("--batch_size", type=runtime.positive_int, default=64, help="images at a time, per process")
     runtime.add_device_flags(add)

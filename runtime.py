@@ -130,8 +130,11 @@ def is_main():
 
 def print0(*words):
     """Print in process 0 only."""
-    if is_main():
-        print(*words, flush=True)
+    try:
+        if is_main():
+            print(*words, flush=True)
+    except OSError:  # the terminal is closed: a run must still save
+        sys.stdout = open(os.devnull, "w")
 
 
 def barrier():
@@ -223,7 +226,7 @@ def add_training_flags(parser, **defaults):
     add("--crop", choices=("random", "resized", "center"), default="random",
         help="random: ImageNet, resized: FFHQ, center: LSUN")
     add("--out", help="run folder")
-    add("--resume", action="store_true", help="resume the run in --out, with its flags, if any")
+    add("--resume", action="store_true", help="resume the run in --out with its flags, or start")
     add("--iters", type=positive_int, help="training steps")
     add("--batch_size", type=positive_int, help="global batch, over processes and micro-batches")
     add("--accum", type=positive_int, default=1, help="micro-batches per step")
@@ -255,8 +258,8 @@ def resumed_flags(given, defaults, component):
     if "resume" not in given:
         raise SystemExit(f"{path.parent} already holds a run: pass --resume or another --out")
     saved = load_checkpoint(path, component, mmap=True)["args"]
-    saved = {name: value for name, value in saved.items() if name in defaults}
-    for name in sorted(given.keys() & saved.keys() - {"out", "resume"}):
+    saved = {name: value for name, value in saved.items() if name in defaults and name != "out"}
+    for name in sorted(given.keys() & saved.keys() - {"resume"}):
         if given[name] != saved[name]:
             print0(f"note: --{name} was {saved[name]}, now {given[name]}")
     return saved
@@ -346,7 +349,7 @@ class Progress:
         if done > n1:
             left = timedelta(seconds=int((self.total - done) * (now - t0) / (done - n0)))
             text += f" | {(done - n1) / (now - t1) * self.images:.1f} images/s, {left} left"
-        print(text, flush=True)
+        print0(text)
 
 
 # ---------------------------------------------------------------------- files and run folders
@@ -416,14 +419,15 @@ class Run:
         self.out, self.board, self.error = Path(args.out), None, ""
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
         self.skipped = self.skipped_in_a_row = 0
-        self.saved, self.validated, self.best = None, None, math.inf  # steps, and a loss
+        self.saved = self.validated = self.stop_request = None
+        self.best = math.inf  # the lowest validation loss
         if is_main():
             with report_full_disk(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
                 self.lock = open(self.out / ".lock", "w")  # held until this process ends
             try:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise SystemExit(f"another process trains in {self.out}") from None
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
@@ -431,8 +435,8 @@ class Run:
 
     def resume(self, **parts):
         """Load models and optimizers from the checkpoint, if there is one. Returns its step and
-        its other keys: (0, {}) if there is none. From here on a signal is a request to stop."""
-        self.stop_request, step, state, lines = StopRequest(), 0, {}, []
+        its other keys: (0, {}) if there is none."""
+        step, state, lines = 0, {}, []
         if self.ckpt.exists():
             state = load_checkpoint(self.ckpt, self.component)
             try:
@@ -449,6 +453,8 @@ class Run:
                    if step < self.args.iters else f"{self.out} is finished: step {step}")
         elif self.args.resume:
             print0(f"no checkpoint in {self.out}: starting from scratch")
+        if all_reduce_max(step) != -all_reduce_max(-step):
+            raise SystemExit(f"{self.ckpt}: the processes read different checkpoints")
         for part in parts.values() if world_size() > 1 else ():
             if isinstance(part, torch.nn.Module):  # equal seeds can differ between CPUs
                 for tensor in part.state_dict().values():
@@ -463,9 +469,11 @@ class Run:
         """Write a checkpoint with the flags to `path`, default ckpt.pt, unless `loss` (of the
         validation) or a weight is not finite, or the last step was skipped."""
         weights = parts["model"].parameters()
-        finite = math.isfinite(loss) or self.error  # data that can't be read have no loss
+        # Data that can't be read have no loss.
+        finite = math.isfinite(loss) or all_reduce_max(bool(self.error))
         if self.skipped_in_a_row or not finite or not all(w.isfinite().all() for w in weights):
-            text = f"step {step} not saved: numbers are not finite. Last checkpoint: {self.saved}"
+            text = (f"step {step} not saved: non-finite gradients, weights or loss. Last "
+                    f"checkpoint: step {self.saved}")
             if step == self.args.iters:
                 raise SystemExit(text)
             return print0(text)
@@ -491,8 +499,14 @@ class Run:
             file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(f"{split}/{name}", value, step)
+            self.board.flush()
         shown = " ".join(f"{n} {v:.4g}" for n, v in values.items() if n in self.shown)
         self.progress.show(f"step {step}/{self.args.iters} | {split} {shown}", step)
+
+    def check_content(self, state, content):
+        """Warn if the data set, with the hash `content`, is not the checkpoint's."""
+        if state.get("content", content) != content:
+            print0("warning: the data set has changed since the checkpoint")
 
     def due(self, step, every):
         return step % every == 0 or step == self.args.iters
@@ -502,8 +516,9 @@ class Run:
         return self.due(step, self.args.eval_every) and self.validated != step
 
     def should_stop(self):
-        """Whether a process has received a signal, or set `error`. A signal waits until a step is
-        not skipped, since there is nothing to save before."""
+        """Whether a process has received a signal, or set `error`. While steps are being skipped a
+        signal waits: nothing may be saved then. Before the first call signals end the script."""
+        self.stop_request = self.stop_request or StopRequest()
         number = self.stop_request.number
         self.code = int(all_reduce_max(128 + number if number else bool(self.error)))
         return self.code == 1 or self.code > 1 and not self.skipped_in_a_row

@@ -194,8 +194,8 @@ def sample_images(args, device, compiled):
 # ----------------------------------------------------------------------------- looking inside
 
 def read_images(spec, saved, count, device):
-    """`count` evenly spaced images, of training data only held-out ones: floats (n, 3, S, S) in
-    [-1, 1], labels (n,), class names. saved: the checkpoint of the tokenizer."""
+    """`count` evenly spaced images; if `spec` is the tokenizer's training data, held-out ones only.
+    Floats (n, 3, S, S) in [-1, 1], labels (n,), class names. saved: the tokenizer's checkpoint."""
     hold_out = data.is_training_data(spec, saved["args"])
     source = data.open_source(spec, "val", hold_out)
     images = data.EvalImages(source, saved["args"]["image_size"], strict=True)

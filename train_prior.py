@@ -186,7 +186,7 @@ def prior_step(model, micro_batches, args):
 
 
 def context_masks(kind, mask):
-    """The predicted tokens `mask` (B, N) that are given little context, and much. AR: the first
+    """Split `mask` (B, N) into predicted tokens with little context and with much. AR: the first
     position, and the second half. NAR: where less than a quarter of the other codes is known, and
     where more than three quarters are."""
     if kind == "ar":
@@ -242,7 +242,8 @@ def main():
     opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
     start, state = run.resume(model=model, opt=opt)
     constants = {"config": model.config, "tokenizer": vq.fingerprint(tokenizer), "grid": grid,
-                 "classes": list(source.classes)}
+                 "classes": list(source.classes), "content": data.content_hash(source)}
+    run.check_content(state, constants["content"])
     if state.get("tokenizer", constants["tokenizer"]) != constants["tokenizer"]:
         raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on")
 
@@ -256,7 +257,7 @@ def main():
     H = unigram_entropy(cache, K)
     runtime.print0(f"{len(cache)} rows of {grid ** 2} codes; unigram entropy {H:.3f}, ln K "
                    f"{math.log(K):.3f} nats per token")
-    del tokenizer
+    del tokenizer, saved
 
     if compiled:
         model.compile(dynamic=False)

@@ -257,10 +257,11 @@ def build_models(args, device, init=None):
                if name.startswith(attention)}  # new layers keep their zero output
         try:
             model.load_state_dict(new | state["model"])
+            if disc and "disc" in state:  # an untrained discriminator degrades the images
+                disc.load_state_dict(state["disc"])
         except RuntimeError as error:
-            raise SystemExit(f"{init} does not fit the flags of the architecture") from error
-        if disc and "disc" in state:  # an untrained discriminator degrades the images
-            disc.load_state_dict(state["disc"])
+            raise SystemExit(f"{init} does not fit --image_size or the flags of the architecture"
+                             ) from error
     if args.phase == 2:  # a prior trained on phase 1's codes stays valid
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
@@ -292,10 +293,8 @@ def main():
     if disc:
         parts |= {"disc": disc, "opt_disc": opts[1]}
     start, state = run.resume(**parts)
-    content = data.content_hash(source)
-    if state.get("content", content) != content:
-        runtime.print0("warning: the data set has changed since the checkpoint")
-    constants = {"config": model.config, "content": content}
+    constants = {"config": model.config, "content": data.content_hash(source)}
+    run.check_content(state, constants["content"])
     if compiled:  # not the quantizer, which is fp32 and has a collective inside
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
             part.compile(dynamic=False)
@@ -324,7 +323,7 @@ def main():
         if step and step == args.vq_start:
             init_codebook(model, xs[0], args)
 
-        # The tokenizer. The mean over micro-batches equals the large batch but for the entropy
+        # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
         # term, whose soft usage is a mean over one micro-batch (of all processes).
         x_hats = []
         for x in xs:

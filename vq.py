@@ -158,8 +158,9 @@ def gather_rows(tensor):
     """Concatenate the rows of all processes in rank order (equal shapes, no gradient)."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
+    tensor = tensor.contiguous()
     rows = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, tensor.contiguous())
+    dist.all_gather(rows, tensor)
     return torch.cat(rows)
 
 

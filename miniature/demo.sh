@@ -14,14 +14,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
 steps=${DEMO_STEPS:-600}       # of the shared initial checkpoint; the other stages of the tokenizers follow it
-priors=${DEMO_PRIORS:-$((steps * 2))}  # of an AR prior; a NAR prior takes half as many again
+priors=${DEMO_PRIORS:-$((steps * 2))}  # of an AR prior; a NAR prior gets twice as many
 samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out images
 temperature=${DEMO_TEMPERATURE:-9}  # choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # number of alphas at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors DEMO_SAMPLES=$samples"
-command="$command bash miniature/demo.sh"
+command="$command DEMO_TEMPERATURE=$temperature bash miniature/demo.sh"
 python - "$out/about.json" "$command" <<'END'
 import json, os, platform, subprocess, sys
 from pathlib import Path
@@ -83,7 +83,7 @@ job() {  # everything about one alpha
   done
   for name in ar ar_second nar; do  # one prior is no evidence: a second one with another seed
     kind=${name%_second} iters=$priors
-    [ $kind = ar ] || iters=$((priors * 3 / 2))
+    [ $kind = ar ] || iters=$((priors * 2))
     log "a $kind prior on phase 1's codes, which are phase 2's as well"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
       --iters "$iters" --eval_every $((iters / 10)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"

@@ -177,13 +177,19 @@ def score(images, network):
     return torch.stack(terms).mean().item()
 
 
+def ar_priors(folder):
+    """Names of the AR priors of one alpha that have been sampled: one or two."""
+    return [prior for prior in AR_PRIORS if (folder / f"{prior}2.json").exists()]
+
+
 def ar_samples(folder, phase, network):
     """{name: [value of each prior]} of AR samples: FD, body as asked for in %, inception score."""
-    found = [read(folder / f"{prior}{phase}.json") for prior in AR_PRIORS]
+    priors = ar_priors(folder)
+    found = [read(folder / f"{prior}{phase}.json") for prior in priors]
     return {"ar_fd": [one["FD"] for one in found],
             "ar_body": [100 * one["accuracy"] for one in found],
             "ar_score": [score(drawn(folder, f"{prior}{phase}", None), network)
-                         for prior in AR_PRIORS]}
+                         for prior in priors]}
 
 
 @torch.no_grad()
@@ -211,12 +217,12 @@ def measure(run):
             values["fd" + end], values["usage" + end] = found["FD"], 100 * found["usage"]
             values["score" + end] = score(pixels(x_hat), other)
             for name, pair in ar_samples(folder, phase, other).items():
-                values[name + end] = sum(pair) / 2
-                values[f"{name}{end}_apart"] = abs(pair[0] - pair[1])
+                values[name + end] = statistics.mean(pair)
+                values[f"{name}{end}_apart"] = max(pair) - min(pair)
             found = read(folder / f"nar{phase}.json")
             values["nar_fd" + end], values["nar_body" + end] = found["FD"], 100 * found["accuracy"]
         values["explained"] = 100 * share
-        values["ar_loss"] = statistics.mean(lowest(folder / p)["loss"] for p in AR_PRIORS)
+        values["ar_loss"] = statistics.mean(lowest(folder / p)["loss"] for p in ar_priors(folder))
         values["nar_loss"] = lowest(folder / "nar")["loss"]
         values["gain"] = values["H"] - values["ar_loss"]
         values["nar_gain"] = values["H"] - values["nar_loss"]
@@ -456,7 +462,7 @@ def gains(run):
     """{alpha: {name of GAINS: value}} of one run, means over its two AR priors."""
     network, found = losses.load_vgg(f"{run}/classifier/ckpt.pt"), {}
     for alpha, folder in alphas(run).items():
-        values = {"ar_loss": [lowest(folder / prior)["loss"] for prior in AR_PRIORS]}
+        values = {"ar_loss": [lowest(folder / prior)["loss"] for prior in ar_priors(folder)]}
         values |= {f"{name}_2": of for name, of in ar_samples(folder, 2, network).items()}
         found[alpha] = {name: statistics.mean(of) for name, of in values.items()}
     return found

@@ -116,11 +116,11 @@ def main():
     right = enlarge((s == top1)[..., None].numpy(), x.shape[-1])
     sheet(out / "teacher_forced.png", [
         ("input", given), ("reconstruction", rebuilt),
-        ("AR prediction, given\nthe codes before", predicted),
-        ("right codes white", np.where(right, 255, 60).repeat(3, 3).astype(np.uint8))])
+        ("AR prediction, given\nthe true codes before", predicted),
+        ("correct codes white", np.where(right, 255, 60).repeat(3, 3).astype(np.uint8))])
     with torch.enable_grad():
         attention(out / "attention.png")
-    for kind, options in (("ar", {"top_p": 0.92}), ("nar", {"choice_temperature": 4.5})):
+    for kind, options in (("ar", {"top_p": 0.92}), ("nar", {"choice_temperature": 9.0})):
         prior, state = load_prior(found[1] / kind / "best.pt")
         picks = torch.tensor([0, 2, 5])
         names = [state["classes"][label] for label in picks]

@@ -2,10 +2,10 @@
 
     python miniature/train_vgg.py --data birds --image_size 64
 
-Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes; of
-`shapes` the kinds of all parts, one softmax each. What it is shown is blurred, faded, noisy and
-(--attack) attacked, as reconstructions are: two networks of other seeds then agree on them. One
-process: it is small.
+Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes, or
+the kinds of all parts of `shapes`, one softmax per part. Inputs are blurred, faded, noisy and, with
+--attack, adversarially perturbed, so that networks of different seeds agree on reconstructions. It
+runs in one process.
 """
 import argparse
 import sys
@@ -29,7 +29,7 @@ def parse():
                                image_size=64, log_every=100, eval_every=500)
     parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
                         default=[16, 32, 64, 96, 128],
-                        help="channels of its stages")
+                        help="width of each stage")
     parser.add_argument("--attack", type=runtime.at_least(0, float), default=0.05,
                         help="FGSM epsilon (of [-1, 1]): each batch is learned a second time, "
                              "adversarially perturbed. Otherwise a decoder learns patterns that "
@@ -81,22 +81,20 @@ def validate(net, val, run, args, device):
     return {"loss": loss / n, "accuracy": right.mean() / n} | each
 
 
-@torch.no_grad()
 def measure_scale(net, batches, device):
-    """The perceptual loss divides each layer by its variance over training images: the mean over
-    its elements of each element's variance."""
-    net.eval()
+    """The perceptual loss divides each layer by the variance of each element over training images,
+    averaged over elements."""
     n, sums, squares = 0, [0] * len(losses.LAYERS), [0] * len(losses.LAYERS)
     for images, _ in batches:
-        x = data.to_float(images, device)
-        n += len(x)
-        for i, f in enumerate(net(x, losses.LAYERS).values()):
+        with runtime.eval_mode(net, device, "fp32"):
+            features = net(data.to_float(images, device), losses.LAYERS)
+        n += len(images)
+        for i, f in enumerate(features.values()):
             f = f.cpu().double()  # MPS has no float64
             sums[i] = sums[i] + f.sum(0)
             squares[i] = squares[i] + f.square().sum(0)
     variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
     net.scale.copy_(torch.stack(variance))
-    net.train()
 
 
 def main():
@@ -114,7 +112,9 @@ def main():
     torch.manual_seed(args.seed)
     net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-    start, _ = run.resume(model=net, opt=opt)
+    start, state = run.resume(model=net, opt=opt)
+    content = data.content_hash(source)
+    run.check_content(state, content)
     if compiled:
         net.compile(dynamic=False)
 
@@ -127,7 +127,8 @@ def main():
     def save(step, **more):
         if not run.error:  # a stopped run's file must be usable, too
             measure_scale(net, scale_batches, device)
-        run.save(step, model=net, opt=opt, config=net.config, classes=list(source.classes), **more)
+        run.save(step, model=net, opt=opt, config=net.config, classes=list(source.classes),
+                 content=content, **more)
 
     micro_batches = list(islice(batches, args.accum))
     for step in range(start, args.iters + 1):

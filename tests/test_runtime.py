@@ -2,6 +2,7 @@
 import argparse
 import math
 import multiprocessing
+import os
 import re
 import resource
 import signal
@@ -149,7 +150,8 @@ def test_progress_lines_show_rate_and_time_left(monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------- flags
 
-def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_path, capsys):
+def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_path, capsys,
+                                                                monkeypatch):
     one = run("--lr", 0.5, "--crop", "center", "--accum", 2, "--resume")
     one.args.gone = 3  # a flag that the script no longer has
     del one.args.seed  # one that it did not have yet
@@ -166,6 +168,24 @@ def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_pat
     assert re.search("--iters.* 10.* 20", iters) and re.search("--lr.* 0.5.* 0.25", lr)
     args = flags("--resume", "--out", tmp_path / "none", "--lr", 0.5)  # a new run
     assert (args.lr, args.accum) == (0.5, 1)
+    (tmp_path / "run").rename(tmp_path / "moved")  # resumes where it is, not where it was
+    args = flags("--resume", "--out", tmp_path / "moved")
+    assert (args.lr, args.out) == (0.5, str(tmp_path / "moved"))
+    monkeypatch.setattr(sys, "argv", ["train_vgg.py", "--resume"])  # with the default --out as well
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "moved").rename("runs/vgg")
+    args = train_vgg.parse()
+    assert (args.lr, args.out) == (0.5, "runs/vgg")
+
+
+def test_a_closed_terminal_does_not_end_a_run(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", open(writer, "w", buffering=1))
+    for text in ("step 1", "step 2"):
+        runtime.print0(text)
+    assert sys.stdout.name == os.devnull
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
