@@ -433,9 +433,11 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
                 self.board = SummaryWriter(self.out)
 
-    def resume(self, **parts):
-        """Load models and optimizers from the checkpoint, if there is one. Returns its step and
-        its other keys: (0, {}) if there is none."""
+    def resume(self, constants, **parts):
+        """Load the models and optimizers `parts` from the checkpoint, if there is one. Returns its
+        step and its other keys: (0, {}) if there is none. Checkpoints hold `constants` as well, of
+        which `content` is the hash of the data set."""
+        self.constants, self.parts = constants, parts
         step, state, lines = 0, {}, []
         if self.ckpt.exists():
             state = load_checkpoint(self.ckpt, self.component)
@@ -449,6 +451,8 @@ class Run:
             self.best, self.skipped = state.get("best", math.inf), state.get("skipped", 0)
             self.validated = state.get("validated")
             lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
+            if state.get("content", constants["content"]) != constants["content"]:
+                print0("warning: the data set has changed since the checkpoint")
             print0(f"resuming from step {step} of {self.args.iters} in {self.out}"
                    if step < self.args.iters else f"{self.out} is finished: step {step}")
         elif self.args.resume:
@@ -465,10 +469,10 @@ class Run:
         self.progress = Progress(self.args.iters, step, self.args.batch_size)
         return step, state
 
-    def save(self, step, path=None, loss=0.0, **parts):
-        """Write a checkpoint with the flags to `path`, default ckpt.pt, unless `loss` (of the
-        validation) or a weight is not finite, or the last step was skipped."""
-        weights = parts["model"].parameters()
+    def save(self, step, path=None, loss=0.0):
+        """Write a checkpoint to `path`, default ckpt.pt, unless `loss` (of the validation) or a
+        weight is not finite, or the last step was skipped."""
+        weights = self.parts["model"].parameters()
         # Data that can't be read have no loss.
         finite = math.isfinite(loss) or all_reduce_max(bool(self.error))
         if self.skipped_in_a_row or not finite or not all(w.isfinite().all() for w in weights):
@@ -478,11 +482,11 @@ class Run:
                 raise SystemExit(text)
             return print0(text)
         if is_main():
-            state = {name: part.state_dict() if hasattr(part, "state_dict") else part
-                     for name, part in parts.items()}
-            state |= {"component": self.component, "args": vars(self.args), "step": step,
-                      "best": self.best, "validated": self.validated, "skipped": self.skipped,
-                      "torch": str(torch.__version__)}
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            state |= self.constants | {
+                "component": self.component, "args": vars(self.args), "step": step,
+                "best": self.best, "validated": self.validated, "skipped": self.skipped,
+                "torch": str(torch.__version__)}
             save_file(path or self.ckpt, lambda file: torch.save(state, file))
         self.saved = step if path is None else self.saved
         barrier()
@@ -503,11 +507,6 @@ class Run:
         shown = " ".join(f"{n} {v:.4g}" for n, v in values.items() if n in self.shown)
         self.progress.show(f"step {step}/{self.args.iters} | {split} {shown}", step)
 
-    def check_content(self, state, content):
-        """Warn if the data set, with the hash `content`, is not the checkpoint's."""
-        if state.get("content", content) != content:
-            print0("warning: the data set has changed since the checkpoint")
-
     def due(self, step, every):
         return step % every == 0 or step == self.args.iters
 
@@ -523,11 +522,12 @@ class Run:
         self.code = int(all_reduce_max(128 + number if number else bool(self.error)))
         return self.code == 1 or self.code > 1 and not self.skipped_in_a_row
 
-    def exit(self):
-        """End the script after `should_stop`, with 128 + the signal's number."""
-        print0("stopped before the first checkpoint" if self.saved is None else
-               f"stopped; --resume continues from step {self.saved}")
-        raise SystemExit(self.error or self.code)
+    def stop_if_requested(self, step):
+        """If so, save and exit with 128 + the signal's number."""
+        if self.should_stop():
+            self.save(step)
+            print0(f"stopped; --resume continues from step {self.saved}")
+            raise SystemExit(self.error or self.code)
 
     def step(self, optimizers, lr):
         """Average the gradients over processes, take a step of each optimizer at the learning rate

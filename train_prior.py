@@ -240,10 +240,9 @@ def main():
     model = Transformer(args.kind, args.size, K, grid ** 2, args.classes, args.dropout,
                         null_class=args.label_dropout > 0).to(device)
     opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
-    start, state = run.resume(model=model, opt=opt)
     constants = {"config": model.config, "tokenizer": vq.fingerprint(tokenizer), "grid": grid,
                  "classes": list(source.classes), "content": data.content_hash(source)}
-    run.check_content(state, constants["content"])
+    start, state = run.resume(constants, model=model, opt=opt)
     if state.get("tokenizer", constants["tokenizer"]) != constants["tokenizer"]:
         raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on")
 
@@ -264,9 +263,7 @@ def main():
     averages, images = runtime.Averages(), len(source)
     model.train()
     for step in range(start, args.iters + 1):
-        if run.should_stop():
-            run.save(step, model=model, opt=opt, **constants)
-            run.exit()
+        run.stop_if_requested(step)
         if run.validation_is_due(step):
             values = validate(model, val_cache, args, device)
             run.log(step, "val", **values, H=H, H_minus_loss=H - values["loss"])
@@ -277,8 +274,8 @@ def main():
             # FFHQ's AR prior overfits, so the best state is kept.
             if values["loss"] < run.best and not run.skipped_in_a_row:
                 run.best = values["loss"]
-                run.save(step, run.out / "best.pt", model=model, opt=opt, **constants)
-            run.save(step, loss=values["loss"], model=model, opt=opt, **constants)
+                run.save(step, run.out / "best.pt")
+            run.save(step, loss=values["loss"])
         if step == args.iters:
             break
 

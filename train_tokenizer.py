@@ -292,9 +292,8 @@ def main():
     parts = {"model": model, "opt": opts[0]}
     if disc:
         parts |= {"disc": disc, "opt_disc": opts[1]}
-    start, state = run.resume(**parts)
     constants = {"config": model.config, "content": data.content_hash(source)}
-    run.check_content(state, constants["content"])
+    start, _ = run.resume(constants, **parts)
     if compiled:  # not the quantizer, which is fp32 and has a collective inside
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
             part.compile(dynamic=False)
@@ -305,9 +304,7 @@ def main():
     model.train()
     micro_batches = list(islice(batches, args.accum))
     for step in range(start, args.iters + 1):
-        if run.should_stop():
-            run.save(step, **parts, **constants)
-            run.exit()
+        run.stop_if_requested(step)
         if run.validation_is_due(step):
             values = validate(networks, val, run, args, device)
             run.log(step, "val", **values)
@@ -315,7 +312,7 @@ def main():
                 path = run.out / "samples" / f"{step:07}.png"
                 save_reconstructions(path, model, val, args, device)
             run.validated = step
-            run.save(step, loss=values["perceptual"], **parts, **constants)
+            run.save(step, loss=values["perceptual"])
         if step == args.iters:
             break
 

@@ -112,9 +112,9 @@ def main():
     torch.manual_seed(args.seed)
     net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(net.parameters(), weight_decay=0.05, fused=True)
-    start, state = run.resume(model=net, opt=opt)
-    content = data.content_hash(source)
-    run.check_content(state, content)
+    constants = {"config": net.config, "classes": list(source.classes),
+                 "content": data.content_hash(source)}
+    start, _ = run.resume(constants, model=net, opt=opt)
     if compiled:
         net.compile(dynamic=False)
 
@@ -124,22 +124,16 @@ def main():
     scale_batches = data.eval_loader(scale_images, 64, 0, device, 1024)
     averages = runtime.Averages()
 
-    def save(step, **more):
-        if not run.error:  # a stopped run's file must be usable, too
-            measure_scale(net, scale_batches, device)
-        run.save(step, model=net, opt=opt, config=net.config, classes=list(source.classes),
-                 content=content, **more)
-
     micro_batches = list(islice(batches, args.accum))
     for step in range(start, args.iters + 1):
-        if run.should_stop():
-            save(step)
-            run.exit()
+        run.stop_if_requested(step)
         if run.validation_is_due(step):
             values = validate(net, val, run, args, device)
             run.log(step, "val", **values)
+            if not run.error:
+                measure_scale(net, scale_batches, device)
             run.validated = step
-            save(step, loss=float(values["loss"]))
+            run.save(step, loss=float(values["loss"]))
         if step == args.iters:
             break
 

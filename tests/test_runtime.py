@@ -37,7 +37,9 @@ def run(flags, monkeypatch):
     """run("--lr", 1): the Run of such flags, resumed. It handles no signals."""
     def call(*words, **parts):
         found = runtime.Run(flags(*words), "vgg", shown=("loss",))
-        found.resumed = found.resume(**parts)
+        net = torch.nn.Linear(2, 2)
+        found.resumed = found.resume({"content": "1234", "extra": "kept"},
+                                     **{"model": net} | parts)
         return found
     monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
     return call
@@ -64,17 +66,18 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
 
 def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, capsys):
     run().log(9, "train", loss=0)  # killed before its first checkpoint
-    one, net, other = run("--resume"), torch.nn.Linear(99, 99), torch.nn.Linear(99, 99)
+    net, other = torch.nn.Linear(99, 99), torch.nn.Linear(99, 99)
+    one = run("--resume", model=net)
     assert one.resumed == (0, {}) and one.metrics.read_text() == ""
     assert "no checkpoint" in capsys.readouterr().out
     for step in (1, 2, 3):
         one.log(step, "train", loss=float("nan") if step == 2 else 1 / 3)
     one.best, one.validated, one.skipped = 1.5, 2, 7
-    one.save(2, model=net, extra="kept")
+    one.save(2)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk
     with pytest.raises(SystemExit, match="cannot write .*ckpt.pt"):
-        one.save(3, model=net)
+        one.save(3)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with open(one.metrics, "a") as file:
         file.write('{"step": 2, "spl')  # killed in the middle of a line
@@ -85,8 +88,8 @@ def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, caps
     assert not two.validation_is_due(2) and two.validation_is_due(3)
     assert lines(two.out, "train") == [{"step": 1, "split": "train", "loss": 0.333333},
                                        {"step": 2, "split": "train", "loss": None}]
-    net.bias.data[0] = math.nan
-    two.save(3, model=net)
+    other.bias.data[0] = math.nan
+    two.save(3)
     assert "step 3 not saved" in capsys.readouterr().out and two.saved == 2
 
 
@@ -96,14 +99,15 @@ def test_a_signal_or_error_of_any_process_stops_all(run, monkeypatch):
     one.error = "nothing can be read"
     assert one.should_stop()
     with pytest.raises(SystemExit, match="nothing can be read"):
-        one.exit()
+        one.stop_if_requested(3)
+    assert one.saved == 3
     one.error, one.skipped_in_a_row = "", 1
     monkeypatch.setattr(runtime, "all_reduce_max", lambda mine: max(mine, 143))
     assert not one.should_stop()  # there is nothing to save after a skipped step
     one.skipped_in_a_row = 0
-    assert one.should_stop()
     with pytest.raises(SystemExit, match="143"):
-        one.exit()
+        one.stop_if_requested(4)
+    assert one.saved == 4
 
 
 def test_later_signals_belong_to_the_first_request(monkeypatch):
@@ -155,7 +159,7 @@ def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_pat
     one = run("--lr", 0.5, "--crop", "center", "--accum", 2, "--resume")
     one.args.gone = 3  # a flag that the script no longer has
     del one.args.seed  # one that it did not have yet
-    one.save(3, model=torch.nn.Linear(1, 1))
+    one.save(3)
     del one.args.gone
     with pytest.raises(SystemExit, match="already holds a run"):
         flags("--lr", 0.5)
