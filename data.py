@@ -320,8 +320,20 @@ def to_tensor(array):
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-class NothingReadable(RuntimeError):
-    """A thousand images in succession, or all, can't be read."""
+class Unreadable(RuntimeError):
+    """An image, or a whole data set, that can't be read."""
+
+    def __str__(self):  # without the traceback that a data worker adds
+        return super().__str__().rpartition("Unreadable: ")[2].strip()
+
+
+def load_strict(source, i, size):
+    """Image i and its label."""
+    try:
+        return source.load(i, size)
+    except Exception as error:  # PIL raises nearly anything on bad files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise Unreadable(f"{source.name(i)!r} can't be read ({reason})") from error
 
 
 reported = set()  # unreadable images that this process has reported
@@ -332,13 +344,12 @@ def load_readable(source, i, size):
     taken."""
     for j in itertools.islice(itertools.chain(range(i, len(source)), range(i)), 1000):
         try:
-            return source.load(j, size)
-        except Exception as error:  # PIL raises nearly anything on bad files
-            if source.name(j) not in reported and len(reported) < 100:
-                reason = f"{type(error).__name__}: {error}"
-                print(f"skipped {source.name(j)!r} ({reason})", flush=True)
-                reported.add(source.name(j))
-    raise NothingReadable(f"no image can be read from {source.name(i)!r} on")
+            return load_strict(source, j, size)
+        except Unreadable as error:
+            if str(error) not in reported and len(reported) < 100:
+                print(f"skipped: {error}", flush=True)
+                reported.add(str(error))
+    raise Unreadable(f"no image can be read from {source.name(i)!r} on")
 
 
 class TrainImages(Dataset):
@@ -368,7 +379,7 @@ class EvalImages(Dataset):
 
     def __init__(self, source, size, strict=False):
         self.source, self.size = source, size
-        self.load = source.load if strict else partial(load_readable, source)
+        self.load = partial(load_strict if strict else load_readable, source)
 
     def __len__(self):
         return len(self.source)
@@ -408,8 +419,8 @@ def until_unreadable(batches, run):
     """Yields the batches. If no image can be read any more it ends, and asks the run to stop."""
     try:
         yield from batches
-    except NothingReadable as error:  # a worker adds its traceback
-        run.error = str(error).rpartition("NothingReadable: ")[2].strip()
+    except Unreadable as error:
+        run.error = str(error)
 
 
 def train_loader(dataset, args, start, device):
@@ -455,8 +466,8 @@ class CheckedImages(EvalImages):
     def __getitem__(self, i):
         try:
             return *super().__getitem__(i), ""
-        except Exception as error:
-            return 0, 0, f"{self.source.name(i)!r} ({type(error).__name__}: {error})"
+        except Unreadable as error:
+            return 0, 0, str(error)
 
 
 def main():
@@ -484,7 +495,7 @@ def main():
         name = source.classes[label] if source.classes else ""
         if error:
             bad += 1
-            print(f"unreadable: {error}", flush=True)
+            print(error, flush=True)
             continue
         counts[name] += 1
         if pixels.min() == pixels.max():

@@ -130,10 +130,6 @@ class SmallVGGFeatures(nn.Module):
 
 # -------------------------------------------------------------------------------- sets of images
 
-class ImageError(RuntimeError):
-    """An image that a metric can't take."""
-
-
 class EvalSet(Subset):
     """What --real or --fake names. An item is uint8 (3, H, W), label. image_size 0: images as they
     are, all of the first one's size. Samples (.npz) are never resized or split."""
@@ -148,22 +144,18 @@ class EvalSet(Subset):
         self.path, self.shape = f"{path} ({split})" if split else path, None
         try:
             self.shape = self[0][0].shape
-        except ImageError as error:
-            raise SystemExit(str(error)) from error
+        except data.Unreadable as error:
+            raise SystemExit(f"cannot compute a metric: {error}") from error
         crop = ", shorter side resized and center crop" if size else ""
         side = f"{self.shape[2]} x {self.shape[1]}{crop}"
         self.description = f"{len(self)} images of {self.path} ({side})"
 
     def __getitem__(self, j):
-        name = self.source.name(self.indices[j])
-        try:
-            image, label = self.dataset[self.indices[j]]
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ImageError(f"cannot compute a metric: {name} is unreadable ({reason})") from error
+        image, label = self.dataset[self.indices[j]]
         if self.shape and image.shape != self.shape:
-            raise ImageError(f"cannot compute a metric: {name} has {[*image.shape[1:]]} pixels, "
-                             f"not {[*self.shape[1:]]}: pass --image_size")
+            name = self.source.name(self.indices[j])
+            raise data.Unreadable(f"{name!r} has {[*image.shape[1:]]} pixels, not "
+                                  f"{[*self.shape[1:]]}: pass --image_size")
         return image, label
 
     __getitems__ = None  # Subset.__getitems__ would bypass __getitem__
@@ -190,8 +182,8 @@ def compute_statistics(images, net, args, device, tokenizer=None):
     for index in loader.batch_sampler:
         try:
             batch, labels = next(batches)
-        except ImageError as error:  # a worker adds its traceback
-            raise SystemExit(str(error).rpartition("ImageError: ")[2].strip()) from error
+        except data.Unreadable as error:
+            raise SystemExit(f"cannot compute a metric: {error}") from error
         batch = batch.to(device, non_blocking=True)
         if tokenizer:
             z_q, codes, _ = tokenizer.encode(data.to_float(batch, device))

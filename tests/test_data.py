@@ -336,7 +336,7 @@ def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_phot
         assert torch.equal(view(0)[0], view(1)[0]) and view(0)[1] == view(1)[1]
     assert stream(source, size=8, iters=45)[0].float().std((1, 2, 3)).min() > 0
     out = capsys.readouterr().out
-    assert source.name(0) == "cats/0.png" and out.count("skipped 'cats/0.png'") == 1
+    assert source.name(0) == "cats/0.png" and out.count("skipped: 'cats/0.png'") == 1
     with pytest.raises(OSError):  # as a metric reads it
         EvalImages(source, 8, strict=True)[0]
     source.files[-1] = b"\xff.png"  # not text; the images after the last one are the first ones
@@ -360,9 +360,9 @@ def test_a_data_set_that_cannot_be_read_is_a_stop_request(workers, capsys):
     """After a thousand unreadable images in succession, or all, the batches end and the run's error
     is set: its loop then saves and exits."""
     assert data.load_readable(Broken(), 201, 8)[1] == 1200
-    with pytest.raises(data.NothingReadable, match="200"):
+    with pytest.raises(data.Unreadable, match="200"):
         data.load_readable(Broken(), 200, 8)
-    with pytest.raises(data.NothingReadable):
+    with pytest.raises(data.Unreadable):
         data.load_readable(data.Part(Broken(), range(3)), 0, 8)
     args, run = Namespace(batch_size=4, accum=2, iters=2, workers=workers), Namespace(error="")
 
@@ -398,4 +398,4 @@ def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_
     capsys.readouterr()
     assert "1 of 10" in refused("data", *flags)
     text = capsys.readouterr().out
-    assert "unreadable: 'dogs/bad.png'" in text and "dogs: 5" in text  # it counts for no class
+    assert "'dogs/bad.png' can't be read" in text and "dogs: 5" in text  # it counts for no class
