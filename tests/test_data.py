@@ -337,7 +337,7 @@ def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_phot
     assert stream(source, size=8, iters=45)[0].float().std((1, 2, 3)).min() > 0
     out = capsys.readouterr().out
     assert source.name(0) == "cats/0.png" and out.count("skipped: 'cats/0.png'") == 1
-    with pytest.raises(OSError):  # as a metric reads it
+    with pytest.raises(data.Unreadable, match="0.png"):  # as a metric reads it
         EvalImages(source, 8, strict=True)[0]
     source.files[-1] = b"\xff.png"  # not text; the images after the last one are the first ones
     assert np.array_equal(data.load_readable(source, 159, 8)[0], source.load(1)[0])
