@@ -39,26 +39,26 @@ ROWS = [
     ("psnr", "PSNR, dB", 2, "lower"),
     ("sem", "L_sem of reconstructions, network of the loss", 3, "lower"),
     ("sem_other", "L_sem of reconstructions, independent network", 3, "lower"),
-    ("parts", "parts of reconstructions told right, %", 1, "higher"),
+    ("parts", "parts of reconstructions classified correctly, %", 1, "higher"),
     ("fd", "FD of reconstructions", 2, "lower"),
     ("usage", "codes used, %", 1, ""),
     ("H", "unigram entropy of the codes H, nats", 2, ""),
     ("ar_loss", "AR: validation loss, nats per token", 3, "lower"),
     ("nar_loss", "NAR: validation loss, nats per masked token", 3, "lower"),
-    ("gain", "AR: gain over the unigram entropy, nats", 3, "higher"),
-    ("nar_gain", "NAR: gain over the unigram entropy, nats", 3, "higher"),
-    ("ar_context", "AR: loss at the first position less the mean, nats", 2, ""),
-    ("nar_context", "NAR: loss with no code known less with all but one known, nats", 2, ""),
+    ("gain", "AR: improvement over the unigram entropy, nats", 3, "higher"),
+    ("nar_gain", "NAR: improvement over the unigram entropy, nats", 3, "higher"),
+    ("ar_context", "AR: loss at the first position minus mean loss, nats", 2, ""),
+    ("nar_context", "NAR: loss with no code known minus loss with all but one known, nats", 2, ""),
     ("top1", "AR: teacher-forced top-1 accuracy, %", 1, "higher"),
-    ("ar_fd_2", "AR samples, phase 2: FD, mean of two priors", 2, "lower"),
+    ("ar_fd_2", "AR samples, phase 2: FD, mean of the priors", 2, "lower"),
     ("ar_fd_2_apart", "   the two priors differ by", 2, ""),
     ("ratio", "   times FD of reconstructions, phase 2", 1, ""),
     ("ar_score_2", "AR samples, phase 2: inception score over the parts", 3, "higher"),
     ("ar_score_2_apart", "   the two priors differ by", 3, ""),
-    ("ar_body_2", "AR samples, phase 2: body as asked for, %", 1, "higher"),
+    ("ar_body_2", "AR samples, phase 2: class accuracy, %", 1, "higher"),
     ("ar_body_2_apart", "   the two priors differ by", 1, ""),
     ("nar_fd_2", "NAR samples, phase 2: FD", 2, "lower"),
-    ("nar_body_2", "NAR samples, phase 2: body as asked for, %", 1, "higher"),
+    ("nar_body_2", "NAR samples, phase 2: class accuracy, %", 1, "higher"),
 ]
 # Phase 1 (name) against phase 2 (name_2) of one alpha, and what the paper expects of phase 2.
 PHASES = [("l1", "L1 of reconstructions", 3, "lower"), ("psnr", "PSNR, dB", 2, "higher"),
@@ -68,11 +68,11 @@ PHASES = [("l1", "L1 of reconstructions", 3, "lower"), ("psnr", "PSNR, dB", 2, "
 # The method, alpha 1 in both phases, against its baseline, alpha 0 in one.
 METHOD = [("ar_fd", "FD of AR samples", 2, "lower"),
           ("ar_score", "inception score of AR samples over the parts", 3, "higher"),
-          ("ar_body", "AR samples: body as asked for, %", 1, "higher")]
+          ("ar_body", "AR samples: class accuracy, %", 1, "higher")]
 # What alpha 1 gains, against clutter: name, what it is, and the sign of a gain.
 GAINS = [("ar_loss", "AR loss, nats per token", -1), ("ar_fd_2", "FD of AR samples", -1),
          ("ar_score_2", "inception score over the parts", 1),
-         ("ar_body_2", "body as asked for, %", 1)]
+         ("ar_body_2", "class accuracy, %", 1)]
 
 
 # ---------------------------------------------------------------------------------- measuring

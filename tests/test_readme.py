@@ -88,10 +88,9 @@ def commands(text):
     """Command lines of a page as lists of words: of fenced blocks and of the text."""
     lines = [line for block in FENCE.findall(DIFF.sub("", text))
              for line in re.sub(r"\\\n", " ", block).splitlines()]
-    short = dict(re.findall(r"`([A-Z])` (?:stands )?for\s+`([^`]+)`", text))
-    for span in re.findall(r"`([^`\n]+)`", FENCE.sub("", text)):
-        first, _, rest = span.partition(" ")
-        lines.append(f"{short[first]} {rest}" if first in short else span)
+    lines += re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    variables = dict(re.findall(r'^([A-Z])="(.+)"$', text, re.M))
+    lines = [re.sub(r"\$([A-Z])\b", lambda found: variables[found[1]], line) for line in lines]
     for line in lines:
         for part in re.split(r"&&|\|\||;", line):
             try:
@@ -173,7 +172,7 @@ def test_patches_of_the_fork_guide(tmp_path, vgg, many_photos, tokenizer, photos
     assert all(d[:48].mean() > d[72:].mean() for d in difference)
 
 
-BLOCKS = FENCE.findall(README.split("## Laptop, one GPU, eight")[1])[:3]
+BLOCKS = FENCE.findall(README.split("## Training")[1])[:3]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=["laptop", "one", "eight"])
