@@ -46,6 +46,7 @@ R1_EVERY = 16  # steps; the penalty is scaled by it (StyleGAN2's lazy regulariza
 
 
 def build_parser():
+    """The flags, with phase 1's defaults."""
     parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser)
     add, size = parser.add_argument, runtime.positive_int
