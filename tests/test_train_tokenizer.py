@@ -171,7 +171,7 @@ def test_validation_equals_a_loop(train, vgg, tmp_path, capsys):
     for i in (7, 8):
         (tmp_path / f"val/00{i}.png").write_bytes(b"")
     train("--val", tmp_path / "val", "--iters", 3)
-    assert capsys.readouterr().out.count("skipped '007.png'") == 1
+    assert capsys.readouterr().out.count("skipped: '007.png'") == 1
     model, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
     perceptual, rows, used = losses.PerceptualLoss(losses.load_vgg(vgg)), [], []
     for i in (*range(7), 9, 9, *range(9, 30)):
