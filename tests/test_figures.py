@@ -125,9 +125,11 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
 
     def demo(**variables):
         log.write_text("")
+        # bash can't trap a SIGINT that was ignored when it started, as in a background job
         return subprocess.Popen(["bash", ROOT / "miniature/demo.sh"], env=env | variables,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                start_new_session=True)
+                                start_new_session=True,
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process = demo(STOP="demo/start")
     while "demo/start" not in log.read_text():
         assert process.poll() is None, process.stdout.read()
