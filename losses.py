@@ -95,10 +95,15 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def published_digits(url):
+    """The first digits of the file's sha256, which its name ends with."""
+    return url.split("-")[-1].removesuffix(".pth")
+
+
 def download(url, path, flag):
-    """Download url to path if that does not exist, and check the file's sha256, which begins with
-    the digits in the file's name. flag: the one that names a local copy."""
-    digits = url.split("-")[-1].removesuffix(".pth")
+    """Download url to path if that does not exist, and check the file's sha256. flag: the one that
+    names a local copy."""
+    digits = published_digits(url)
     try:
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -129,7 +134,7 @@ def load_vgg(spec):
     elif isinstance(state, dict) and "features.0.weight" in state:
         net = VGG16()
         net.load_state_dict(state)
-        if not sha256(path).startswith(url.split("-")[-1].removesuffix(".pth")):
+        if spec != "imagenet" and not sha256(path).startswith(published_digits(url)):
             print(f"note: {spec} has VGG16's layout, but is not torchvision's file")
     else:
         raise SystemExit(f"--vgg {spec} is neither a copy of VGG16's weights nor a checkpoint of "
