@@ -57,13 +57,13 @@ def open_source(spec, split="train", hold_out=False, classes=None):
     elif kind == "lsun":
         source = Lsun(name)
     elif spec.endswith(".npz"):
-        source = Samples(spec)
+        source = NpzSamples(spec)
     else:
         source = Folder(spec, classes)
     if hold_out and not hasattr(source, "has_splits"):
         names = (os.fsencode(source.name(i)) for i in range(len(source)))
         held_out = np.array([zlib.crc32(name) % HELD_OUT == 0 for name in names])
-        source = Part(source, np.flatnonzero(held_out == (split == "val")))
+        source = HoldOutSplit(source, np.flatnonzero(held_out == (split == "val")))
     if not len(source):
         raise SystemExit(f"{spec}: no images" + " to hold out, pass --val" * hold_out)
     return source
@@ -83,14 +83,14 @@ def open_data(args, labels=False):
     held_out = open_source(args.val or args.data, "val", not args.val, labels and source.classes)
     if labels and source.classes and list(held_out.classes) != list(source.classes):
         raise SystemExit(f"--val {args.val} needs the class folders of --data (a prior without "
-                         f"classes: --classes 0)")
+                         f"classes: --num_classes 0)")
     runtime.print0(f"{args.data}: {len(source)} training images, {len(held_out)} for validation")
     names = ", ".join(source.classes[:5]) + ", ..." * (len(source.classes) > 5)
     runtime.print0(f"{len(source.classes)} classes{names and ': ' + names}")
     return source, held_out
 
 
-class Part(Subset):
+class HoldOutSplit(Subset):
     """A Subset that is a source."""
 
     def __init__(self, source, indices):
@@ -155,7 +155,7 @@ def list_files(root):
                     for name in names if name[0] != ".")
 
 
-class Samples(Dataset):
+class NpzSamples(Dataset):
     """An npz of samples in ADM's layout: arr_0 uint8 (N, H, W, 3), labels in arr_1. An uncompressed
     one is memory-mapped: 50,000 samples of 256 x 256 take 10 GB."""
 
@@ -424,9 +424,9 @@ def until_unreadable(batches, run):
 
 
 def train_loader(dataset, args, start, device):
-    """Micro-batches of this process from step `start` on, args.accum of them per step."""
+    """Micro-batches of this process from step `start` on, args.grad_accum of them per step."""
     batches = (micro_batch_indices(args, step, a)
-               for step in range(start, args.iters) for a in range(args.accum))
+               for step in range(start, args.iters) for a in range(args.grad_accum))
     return loader(dataset, batches, args.workers, device)
 
 

@@ -121,7 +121,7 @@ class SmallVGGFeatures(nn.Module):
         self.net, self.weights = losses.load_vgg(path), losses.sha256(path)[:8]
         self.name, self.description = f"FD (features of {path})", f"features of {path}"
         self.feature_dim = self.net.classifier.in_features
-        self.num_classes = self.net.config["kinds"][0]
+        self.num_classes = self.net.config["num_classes_per_head"][0]
 
     def forward(self, images):
         found = self.net(data.to_float(images, images.device), ("relu5_3", "logit"))
@@ -263,7 +263,7 @@ def parse(argv):
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")
     add("--inception", help=f"a local copy of {WEIGHTS}; default: downloaded")
-    add("--features", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
+    add("--feature_net", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
     add("--save", help="write the statistics of --real to this npz, for later use as --real")
     add("--json", help="write the result, and all that it depends on, to this file")
     add("--batch_size", type=runtime.positive_int, default=64, help="images at a time, per process")
@@ -274,7 +274,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     (device, _), tokenizer = runtime.setup(args), None
-    net = SmallVGGFeatures(args.features) if args.features else Inception(args.inception,
+    net = SmallVGGFeatures(args.feature_net) if args.feature_net else Inception(args.inception,
                                                                           args.resize)
     net.to(device)
     if args.tokenizer:
@@ -306,24 +306,24 @@ def main(argv=None):
 
     result = {"real": real["description"], "n_real": real["n"], "weights": net.weights}
     if fake:
-        name = "rFID" if tokenizer and not args.features else net.name
+        name = "rFID" if tokenizer and not args.feature_net else net.name
         value = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         print(f"{name} {value:.2f}")
         result |= {"fake": fake["description"], "n_fake": fake["n"]}
-        result["FD" if args.features else name] = value
+        result["FD" if args.feature_net else name] = value
     if tokenizer:
         histogram = fake["histogram"]
         usage, perplexity, _ = vq.usage_and_perplexity(histogram)
         result |= {"usage": usage, "perplexity": perplexity}
         print(f"usage {100 * usage:.1f} % ({int((histogram > 0).sum())} of {len(histogram)})\n"
               f"perplexity {perplexity:.1f}")
-    elif fake and "IS" in fake and not args.features:
+    elif fake and "IS" in fake and not args.feature_net:
         if fake["n"] < SPLITS:
             print(f"no IS: it needs at least {SPLITS} images")
         else:
             print(f"IS {fake['IS']:.1f} +- {fake['IS_std']:.1f}")
             result |= {"IS": fake["IS"], "IS_std": fake["IS_std"]}
-    if args.features and fake and len(fake.get("classes", ())):
+    if args.feature_net and fake and len(fake.get("classes", ())):
         print(f"accuracy {fake['accuracy']:.2f}")
         result["accuracy"] = fake["accuracy"]
     compared = " against ".join(side["description"] for side in (fake, real) if side)

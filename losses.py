@@ -19,21 +19,22 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-LOW = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
-SEM = ("relu5_3", "logit")  # L_per^sem: semantics
-LAYERS = (*LOW, "logit")
+LOW_LAYERS = ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")  # L_per^low: details
+SEM_LAYERS = ("relu5_3", "logit")  # L_per^sem: semantics
+LAYERS = (*LOW_LAYERS, "logit")
 # torch.func.jvp (R1) triggers a deprecation warning inside torch.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 
 # ------------------------------------------------------------------------- perceptual networks
 # A replacement for these two needs net(x, layers) -> {layer: features}, which stops at the last
-# requested layer, and a buffer `scale`, by which the loss of each of LAYERS is divided.
+# requested layer, and a buffer `layer_scale`, by which the loss of each of LAYERS is divided.
 
 class VGG16(nn.Module):
     """torchvision's VGG16: its features after ReLU, and its logits (before the softmax)."""
 
-    ENDS = dict(zip(LOW, (4, 9, 16, 23, 30)))  # features[:ENDS[l]] ends with the ReLU l
+    # features[:LAYER_END[layer]] ends with the ReLU of that name
+    LAYER_END = dict(zip(LOW_LAYERS, (4, 9, 16, 23, 30)))
 
     def __init__(self):
         super().__init__()
@@ -43,11 +44,11 @@ class VGG16(nn.Module):
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         self.register_buffer("mean", (2 * mean - 1).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", (2 * std).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.ones(len(LAYERS)), persistent=False)  # no scaling
+        self.register_buffer("layer_scale", torch.ones(len(LAYERS)), persistent=False)  # no scaling
 
     def forward(self, x, layers):
         out, start, h = {}, 0, (x - self.mean) / self.std
-        for layer, end in self.ENDS.items():
+        for layer, end in self.LAYER_END.items():
             h, start = self.features[start:end](h), end  # (B, C_l, H_l, W_l)
             if layer in layers:
                 out[layer] = h
@@ -63,32 +64,33 @@ class SmallVGG(nn.Module):
     conv-BN-ReLU, named as VGG16's. Only the first three are followed by pooling, so that the last
     stage keeps some spatial resolution.
 
-    kinds: number of classes of each classification head; `logit` is their concatenation."""
+    num_classes_per_head: one number for each classification head. `logit` is the concatenation of
+    all heads."""
 
-    def __init__(self, widths, kinds):
+    def __init__(self, widths, num_classes_per_head):
         super().__init__()
-        self.config = dict(widths=list(widths), kinds=list(kinds))
+        self.config = dict(widths=list(widths), num_classes_per_head=list(num_classes_per_head))
         self.stages, c = nn.ModuleList(), 3
         for width in widths:
             convs = [nn.Conv2d(c_in, width, 3, padding=1, bias=False) for c_in in (c, width)]
             self.stages.append(nn.Sequential(convs[0], nn.BatchNorm2d(width), nn.ReLU(),
                                              convs[1], nn.BatchNorm2d(width), nn.ReLU()))
             c = width
-        self.classifier = nn.Linear(c, sum(kinds))
-        self.register_buffer("scale", torch.ones(len(LAYERS)))  # set by train_vgg.py
+        self.classifier = nn.Linear(c, sum(num_classes_per_head))
+        self.register_buffer("layer_scale", torch.ones(len(LAYERS)))  # set by train_vgg.py
 
     def forward(self, x, layers):
         out, h = {}, x
-        for i, (layer, stage) in enumerate(zip(LOW, self.stages)):
+        for i, (layer, stage) in enumerate(zip(LOW_LAYERS, self.stages)):
             h = stage(F.max_pool2d(h, 2) if 1 <= i <= 3 else h)
             if layer in layers:
                 out[layer] = h
             if len(out) == len(layers):
                 return out
         # Centered over the classes: softmax is invariant to an offset, the loss is not.
-        parts = self.classifier(h.mean((2, 3))).split(self.config["kinds"], 1)
+        parts = self.classifier(h.mean((2, 3))).split(self.config["num_classes_per_head"], 1)
         logits = torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)
-        return out | {"logit": logits}  # (B, sum(kinds))
+        return out | {"logit": logits}  # (B, sum(num_classes_per_head))
 
 
 def sha256(path):
@@ -155,10 +157,11 @@ class PerceptualLoss(nn.Module):
     def __init__(self, net, alpha=1.0, layers=None):
         super().__init__()
         self.net = net.requires_grad_(False).eval()
-        weights = {l: alpha * (l in SEM) + (1 - alpha) * (l in LOW) for l in LAYERS}  # Eq. 4
+        weights = {layer: alpha * (layer in SEM_LAYERS) + (1 - alpha) * (layer in LOW_LAYERS)
+                   for layer in LAYERS}  # Eq. 4
         if layers:
-            weights = {l: float(l in layers) for l in LAYERS}
-        self.weights = {l: w for l, w in weights.items() if w}  # no work for weight 0
+            weights = {layer: float(layer in layers) for layer in LAYERS}
+        self.weights = {layer: w for layer, w in weights.items() if w}  # no work for weight 0
 
     def train(self, mode=True):
         return super().train(False)  # VGG's dropout must stay off, whoever calls train()
@@ -168,16 +171,16 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             target = self.net(x, self.weights)
         features = self.net(x_hat, self.weights)
-        scale = dict(zip(LAYERS, self.net.scale))
-        terms = {l: F.mse_loss(features[l].float(), target[l].float()) / scale[l]
-                 for l in self.weights}
-        loss = sum(self.weights[l] * term for l, term in terms.items())
-        return loss, {l: term.detach() for l, term in terms.items()}
+        scale = dict(zip(LAYERS, self.net.layer_scale))
+        terms = {layer: F.mse_loss(features[layer].float(), target[layer].float()) / scale[layer]
+                 for layer in self.weights}
+        loss = sum(self.weights[layer] * term for layer, term in terms.items())
+        return loss, {layer: term.detach() for layer, term in terms.items()}
 
 
 # ------------------------------------------------------------------------------ discriminator
 
-class EqualConv(nn.Module):
+class EqualizedConv2d(nn.Module):
     """Convolution with equalized learning rate: weights N(0, 1), scaled by 1/sqrt(fan-in)."""
 
     def __init__(self, c_in, c_out, side, stride=1, padding=0, bias=True):
@@ -191,7 +194,7 @@ class EqualConv(nn.Module):
         return h if self.bias is None else h + self.bias.to(h.dtype)
 
 
-class EqualLinear(nn.Module):
+class EqualizedLinear(nn.Module):
     def __init__(self, c_in, c_out):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(c_out, c_in))
@@ -225,11 +228,11 @@ class DiscriminatorBlock(nn.Module):
 
     def __init__(self, c_in, c_out):
         super().__init__()
-        self.conv1 = EqualConv(c_in, c_in, 3, padding=1)
-        self.blur, self.conv2 = Blur(c_in, padding=2), EqualConv(c_in, c_out, 3, stride=2)
+        self.conv1 = EqualizedConv2d(c_in, c_in, 3, padding=1)
+        self.blur, self.conv2 = Blur(c_in, padding=2), EqualizedConv2d(c_in, c_out, 3, stride=2)
         # The skip's stride is taken in the blur: the 1x1 would throw the other positions away.
         self.skip = nn.Sequential(Blur(c_in, padding=1, stride=2),
-                                  EqualConv(c_in, c_out, 1, bias=False))
+                                  EqualizedConv2d(c_in, c_out, 1, bias=False))
 
     def forward(self, x):
         h = lrelu(self.conv2(self.blur(lrelu(self.conv1(x)))))
@@ -258,13 +261,13 @@ class Discriminator(nn.Module):
     def __init__(self, image_size=256, channels=(128, 512)):
         super().__init__()
         c, most = channels
-        self.stem = EqualConv(3, c, 1)
+        self.stem = EqualizedConv2d(3, c, 1)
         self.blocks, size = nn.ModuleList(), image_size
         while size >= 8:
             self.blocks.append(DiscriminatorBlock(c, min(2 * c, most)))
             c, size = min(2 * c, most), size // 2
-        self.conv = EqualConv(c + 1, c, 3, padding=1)
-        self.linear, self.logit = EqualLinear(c * size * size, c), EqualLinear(c, 1)
+        self.conv = EqualizedConv2d(c + 1, c, 3, padding=1)
+        self.linear, self.logit = EqualizedLinear(c * size * size, c), EqualizedLinear(c, 1)
 
     def forward(self, x):
         h = lrelu(self.stem(x))

@@ -229,7 +229,7 @@ def add_training_flags(parser, **defaults):
     add("--resume", action="store_true", help="resume the run in --out with its flags, or start")
     add("--iters", type=positive_int, help="training steps")
     add("--batch_size", type=positive_int, help="global batch, over processes and micro-batches")
-    add("--accum", type=positive_int, default=1, help="micro-batches per step")
+    add("--grad_accum", type=positive_int, default=1, help="micro-batches per step")
     add("--lr", type=positive_float, help="learning rate")
     add("--seed", type=at_least(0), default=0, help="random seed")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
@@ -267,10 +267,10 @@ def resumed_flags(given, defaults, component):
 
 def micro_batch_size(args):
     """Images per process and micro-batch."""
-    size, rest = divmod(args.batch_size, world_size() * args.accum)
+    size, rest = divmod(args.batch_size, world_size() * args.grad_accum)
     if rest:
         raise SystemExit(f"--batch_size {args.batch_size} is not divisible by {world_size()} "
-                         f"process(es) x --accum {args.accum}")
+                         f"process(es) x --grad_accum {args.grad_accum}")
     return size
 
 

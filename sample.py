@@ -24,11 +24,11 @@ import data
 import runtime
 from losses import sha256
 from transformer import load_prior
-from vq import fingerprint, gather_rows, load_tokenizer
+from vq import all_gather_rows, fingerprint, load_tokenizer
 
 # Table 10. The first value is ImageNet's, for priors with classes, the second FFHQ's and LSUN's.
 DEFAULTS = {"ar": {"top_p": (0.92, 0.98), "top_k": (0, 0)},
-            "nar": {"choice_temperature": (0.45, 0.65), "steps": (12, 12)}}
+            "nar": {"choice_temperature": (0.45, 0.65), "decode_steps": (12, 12)}}
 
 
 def parse():
@@ -49,12 +49,12 @@ def parse():
     add = parser.add_argument_group("sampling").add_argument
     add("--batch_size", type=count, default=64, help="samples per batch and process")
     add("--temperature", type=positive, default=1.0, help="divides the logits")
-    add("--cfg", type=runtime.at_least(0, float), default=0.0,
-        help="classifier-free guidance; the paper uses none")
+    add("--cfg_scale", type=runtime.at_least(1, float), default=1.0,
+        help="scale of classifier-free guidance; 1 is off, as in the paper")
     add("--top_p", type=positive, help="AR: keep the smallest set of codes with this probability; "
         "default: 0.92, without classes 0.98")
     add("--top_k", type=runtime.at_least(0), help="AR: keep the k most probable codes; 0: all")
-    add("--steps", type=count, help="NAR: decoding steps; default: 12")
+    add("--decode_steps", type=count, help="NAR: decoding steps; default: 12")
     add("--choice_temperature", type=runtime.at_least(0, float),
         help="NAR: noise on the confidence; default: 0.45, without classes 0.65")
     add = parser.add_argument_group("teacher-forced view").add_argument
@@ -82,8 +82,8 @@ def load_pair(prior_path, tokenizer_path, device):
 
 def class_indices(labels, prior, state):
     """Class numbers of the names or numbers in `labels`; None: of all classes."""
-    names, count, numbers = state["classes"], max(1, prior.classes), []
-    if labels and not prior.classes:
+    names, count, numbers = state["classes"], max(1, prior.num_classes), []
+    if labels and not prior.num_classes:
         raise SystemExit("--labels: this prior was trained without classes")
     for label in labels or range(count):
         number = names.index(label) if label in names else -1
@@ -101,24 +101,24 @@ def class_indices(labels, prior, state):
 
 def decoding_options(args, prior):
     """Arguments of prior.generate: the flags of its kind, Table 10's values where not given."""
-    options = {"temperature": args.temperature, "cfg": args.cfg}
+    options = {"temperature": args.temperature, "cfg_scale": args.cfg_scale}
     for kind, flags in DEFAULTS.items():
         for name, values in flags.items():
             given = getattr(args, name)
             if kind == prior.kind:
-                options[name] = values[not prior.classes] if given is None else given
+                options[name] = values[not prior.num_classes] if given is None else given
             elif given is not None:
                 raise SystemExit(f"--{name} does not apply to the {prior.kind.upper()} prior "
                                  f"{args.prior}")
-    if args.cfg and not prior.config["null_class"]:
-        raise SystemExit("--cfg needs a prior that was trained with --label_dropout")
+    if args.cfg_scale > 1 and not prior.config["null_class"]:
+        raise SystemExit("--cfg_scale needs a prior that was trained with --label_dropout")
     return options
 
 
 def sample_batches(prior, tokenizer, labels, args, options):
     """Yields uint8 arrays (n, S, S, 3) of all samples, in order, the same in every process. Batch i
     is drawn by process i % world_size."""
-    device, b = prior.code.weight.device, min(args.batch_size, args.count)
+    device, b = prior.tok_emb.weight.device, min(args.batch_size, args.count)
     grid = math.isqrt(prior.length)
     size, group = grid * tokenizer.f, b * runtime.world_size()
     progress = runtime.Progress(args.count, every=20)
@@ -133,7 +133,7 @@ def sample_batches(prior, tokenizer, labels, args, options):
                 y = None if labels is None else labels[rows].to(device)
                 codes = prior.generate(b, y, **options).unflatten(1, (grid, grid))
             images = data.to_uint8(tokenizer.decode_indices(codes)).permute(0, 2, 3, 1)
-        yield gather_rows(images).cpu().numpy()[:args.count - done]
+        yield all_gather_rows(images).cpu().numpy()[:args.count - done]
         progress.show("sampling", done + group)
 
 
@@ -163,7 +163,7 @@ def sample_images(args, device, compiled):
         tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # two runs must choose the same kernels
     cycle, labels = class_indices(args.labels, prior, state), None
-    if prior.classes:
+    if prior.num_classes:
         cycle = cycle[data.evenly_spaced(len(cycle), args.count)]
         labels = cycle[torch.arange(args.count) % len(cycle)]
     batches = sample_batches(prior, tokenizer, labels, args, options)
@@ -179,7 +179,7 @@ def sample_images(args, device, compiled):
         rows = cycle[:8].tolist()
         shown = [n + j * len(cycle) for n in range(len(rows)) for j in range(8)]
         names = [state["classes"][n] for n in rows]
-    samples = data.Samples(str(path))
+    samples = data.NpzSamples(str(path))
     grid = torch.stack([data.to_tensor(np.asarray(samples.load(n)[0])) for n in shown])
     data.save_grid(path.with_name("grid.png"), grid, 8, names)
     made = vars(args) | options | {
@@ -217,12 +217,12 @@ def teacher_forced(args, device):
         if args.labels:
             cycle = class_indices(args.labels, prior, state)
             labels = cycle[torch.arange(len(x)) % len(cycle)]
-        elif prior.classes and classes != list(state["classes"]):
+        elif prior.num_classes and classes != list(state["classes"]):
             raise SystemExit(f"{args.teacher_forced} lacks the classes of {pair}: pass --labels")
         parts = []
         for part, y in zip(x.split(64), labels.to(device).split(64)):
             s = tokenizer.encode(part)[1]  # (b, h, w)
-            top1 = prior(s.flatten(1), y if prior.classes else None).argmax(-1).view_as(s)  # s'
+            top1 = prior(s.flatten(1), y if prior.num_classes else None).argmax(-1).view_as(s)  # s'
             reconstruction, prediction = map(tokenizer.decode_indices, (s, top1))
             parts.append((reconstruction, prediction, (s == top1).float()))
         reconstruction, prediction, correct = map(torch.cat, zip(*parts))

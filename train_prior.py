@@ -25,8 +25,9 @@ from transformer import SIZES, Transformer
 # start_iter 50,000", here as fractions of --lr and --iters, so that shorter runs decay as well.
 DEFAULTS = {"lr_end": {"ar": 5e-6 / 1e-4, "nar": 0.0},
             "decay_start": {"ar": 80_000 / 1_500_000, "nar": 50_000 / 1_500_000}}
-INHERITED = ("data", "val", "crop", "image_size")  # what a prior takes from its tokenizer
-SHOWN = ("loss", "loss_little_context", "loss_much_context", "H", "skipped")
+INHERITED_FLAGS = ("data", "val", "crop", "image_size")  # what a prior takes from its tokenizer
+PRINTED_METRICS = ("loss", "loss_little_context", "loss_much_context", "unigram_entropy",
+                   "skipped")
 
 
 def parse():
@@ -37,7 +38,7 @@ def parse():
         help="checkpoint of train_tokenizer.py, of either phase")
     add("--kind", choices=("ar", "nar"), default="ar", help="autoregressive, or masked (MaskGIT)")
     add("--size", choices=SIZES, default="base", help="Table 8; tiny is ours, for a CPU")
-    add("--classes", type=runtime.at_least(0),
+    add("--num_classes", type=runtime.at_least(0),
         help="0: unconditional; default: the number of classes in the data")
     add("--dropout", type=runtime.at_least(0, float), default=0.1, help="dropout rate, Table 8")
     add("--label_dropout", type=runtime.at_least(0, float), default=0.0,
@@ -48,7 +49,7 @@ def parse():
         help="step at which the decay begins; default: 80/1500 of --iters, NAR 50/1500")
     add("--views", type=runtime.positive_int,
         help="augmented views per image; default: 4, with --crop center 1")
-    add("--codes", help="folder of the code cache, to share it; default: codes/ in --out")
+    add("--code_cache", help="folder of the code cache, to share it; default: codes/ in --out")
     given, defaults = runtime.parse_flags(parser)
 
     # Precedence: the defaults, then the checkpoint's flags, then the command line's.
@@ -56,7 +57,7 @@ def parse():
     if not saved:
         path = given.get("tokenizer", defaults["tokenizer"])
         state = runtime.load_checkpoint(path, "tokenizer", mmap=True)
-        saved = {name: state["args"][name] for name in INHERITED}
+        saved = {name: state["args"][name] for name in INHERITED_FLAGS}
         if "data" in given:
             saved.pop("val", None)
     args = argparse.Namespace(**defaults | saved | given)
@@ -70,7 +71,7 @@ def parse():
 
 # --------------------------------------------------------------------------------- the code cache
 
-class Views(data.TrainImages):
+class AugmentedViews(data.TrainImages):
     """Item j * views + v: view v of image j, augmented as in training."""
 
     def __init__(self, source, size, crop, views):
@@ -84,7 +85,7 @@ class Views(data.TrainImages):
         return self.view(row // self.views, row)
 
 
-def encode_dataset(folder, views, model, args, device):
+def build_code_cache(folder, views, model, args, device):
     """Encode all views with all processes -> a memory-mapped array of records with `codes` (N,)
     and `label`, in the order of the views.
 
@@ -116,7 +117,7 @@ def encode_dataset(folder, views, model, args, device):
     for images, labels in data.loader(views, mine, args.workers, device):
         with torch.no_grad():  # fp32: bf16 would change about 1 % of the codes
             codes = model.encode(data.to_float(images, device))[1].flatten(1)
-        codes, labels = (vq.gather_rows(t).cpu().numpy() for t in (codes, labels.to(device)))
+        codes, labels = (vq.all_gather_rows(t).cpu().numpy() for t in (codes, labels.to(device)))
         done += len(codes)
         if file:
             records = np.empty(len(codes), row_type)
@@ -146,7 +147,7 @@ def load_codes(cache, rows, args, device):
     if device.type == "cuda":  # a copy from pinned memory does not wait for queued work
         indices, labels = indices.pin_memory(), labels.pin_memory()
     indices, labels = (t.to(device, non_blocking=True) for t in (indices, labels))
-    return indices, labels if args.classes else None
+    return indices, labels if args.num_classes else None
 
 
 def unigram_entropy(cache, K):
@@ -207,7 +208,7 @@ def validate(model, cache, args, device):
         indices, labels = load_codes(cache, chosen[first:first + 64], args, device)
         u = noise[first:first + 64].to(device)
         with runtime.eval_mode(model, device, args.dtype):
-            tokens, labels, mask = model.corrupt(indices, labels, u)
+            tokens, labels, mask = model.make_inputs(indices, labels, u)
             logits = model(tokens, labels)
             sums = [torch.stack(model.loss(logits, indices, m))
                     for m in (mask, *context_masks(model.kind, mask))]
@@ -221,23 +222,24 @@ def main():
     args = parse()
     device, compiled = runtime.setup(args)
     runtime.micro_batch_size(args)  # checks that the batch is divisible
-    run = runtime.Run(args, "prior", SHOWN)
+    run = runtime.Run(args, "prior", PRINTED_METRICS)
     tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
     if args.image_size != saved["args"]["image_size"]:
         raise SystemExit(f"--image_size {args.image_size}, but {args.tokenizer} was trained at "
                          f"{saved['args']['image_size']}")
-    source, val = data.open_data(args, labels=args.classes != 0)
-    if args.classes is None:
-        args.classes = len(source.classes)
-    if args.classes not in (0, len(source.classes)):
-        raise SystemExit(f"--classes {args.classes}, but the data have {len(source.classes)}")
-    if args.label_dropout and not args.classes:
+    source, val = data.open_data(args, labels=args.num_classes != 0)
+    if args.num_classes is None:
+        args.num_classes = len(source.classes)
+    if args.num_classes not in (0, len(source.classes)):
+        raise SystemExit(f"--num_classes {args.num_classes}, but the data have "
+                         f"{len(source.classes)} classes")
+    if args.label_dropout and not args.num_classes:
         raise SystemExit("--label_dropout needs classes")
 
     # Adam in Secs. 4.2 and 4.3, AdamW in Table 10: we follow the table, which is more specific.
     torch.manual_seed(args.seed)
     K, grid = tokenizer.quantizer.codebook_size, args.image_size // tokenizer.f
-    model = Transformer(args.kind, args.size, K, grid ** 2, args.classes, args.dropout,
+    model = Transformer(args.kind, args.size, K, grid ** 2, args.num_classes, args.dropout,
                         null_class=args.label_dropout > 0).to(device)
     opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
     constants = {"config": model.config, "tokenizer": vq.fingerprint(tokenizer), "grid": grid,
@@ -248,11 +250,11 @@ def main():
 
     if compiled:
         tokenizer.encoder.compile(dynamic=False)
-    folder = Path(args.codes or run.out / "codes")
-    train_views = Views(source, args.image_size, args.crop, args.views)
-    val_views = Views(val, args.image_size, "center", 1)
-    cache = encode_dataset(folder / "train", train_views, tokenizer, args, device)
-    val_cache = encode_dataset(folder / "val", val_views, tokenizer, args, device)
+    folder = Path(args.code_cache or run.out / "codes")
+    train_views = AugmentedViews(source, args.image_size, args.crop, args.views)
+    val_views = AugmentedViews(val, args.image_size, "center", 1)
+    cache = build_code_cache(folder / "train", train_views, tokenizer, args, device)
+    val_cache = build_code_cache(folder / "val", val_views, tokenizer, args, device)
     H = unigram_entropy(cache, K)
     runtime.print0(f"{len(cache)} rows of {grid ** 2} codes; unigram entropy {H:.3f}, ln K "
                    f"{math.log(K):.3f} nats per token")
@@ -266,7 +268,8 @@ def main():
         run.stop_if_requested(step)
         if run.validation_is_due(step):
             values = validate(model, val_cache, args, device)
-            run.log(step, "val", **values, H=H, H_minus_loss=H - values["loss"])
+            run.log(step, "val", **values, unigram_entropy=H,
+                    entropy_minus_loss=H - values["loss"])
             little, much = values["loss_little_context"], values["loss_much_context"]
             if args.kind == "nar" and step >= args.iters / 2 and much > little - 0.05:
                 runtime.print0("warning: the prior ignores the other codes (docs/running.md)")
@@ -285,14 +288,14 @@ def main():
         noise = torch.rand(args.batch_size, grid ** 2 + 2, generator=generator)
         torch.manual_seed(runtime.mix_seeds(args.seed, step, runtime.rank()))
         micro_batches = []
-        for a in range(args.accum):
+        for a in range(args.grad_accum):
             mine = data.micro_batch_indices(args, step, a)
             rows = [epoch_order(args.seed, n // images, images, args.views)[n % images]
                     for n in mine]
             indices, labels = load_codes(cache, rows, args, device)
             first = mine.start - step * args.batch_size
             u = noise[first:first + len(mine)].to(device, non_blocking=True)
-            corrupted = model.corrupt(indices, labels, u, args.label_dropout)
+            corrupted = model.make_inputs(indices, labels, u, args.label_dropout)
             micro_batches.append((indices, *corrupted))
         averages.add(loss=prior_step(model, micro_batches, args))
         lr = learning_rate(step, args)

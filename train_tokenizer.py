@@ -2,7 +2,7 @@
 
     python train_tokenizer.py --data photos --vgg runs/vgg/ckpt.pt --image_size 32 --iters 1000 \\
            --channels 16 32 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 \\
-           --batch_size 16 --lr 1.5e-3 --vq_start 100 --disc_ramp 500         # a laptop
+           --batch_size 16 --lr 1.5e-3 --vq_warmup 100 --disc_warmup 500         # a laptop
     torchrun --nproc_per_node=8 train_tokenizer.py --alpha 1 --data imagenet/train \\
              --val imagenet/val                                               # eight GPUs
     torchrun --nproc_per_node=8 train_tokenizer.py --phase 2    # starts from the last one's result
@@ -35,13 +35,13 @@ DEFAULTS = {  # phase 1, phase 2
     "out": ("runs/tokenizer", "runs/phase2"),
 }
 BETAS = {1: (0.9, 0.99), 2: (0.5, 0.9)}  # Adam's, Table 9
-ARCHITECTURE = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "extra_blocks",
-                "beta", "gamma")
+ARCH_FLAGS = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "extra_blocks",
+              "commitment_weight", "entropy_weight")
 # What a run takes from the checkpoint of --init
-INHERITED = (*ARCHITECTURE, "data", "val", "crop", "image_size", "disc_channels", "vgg",
-             "l1_weight", "perceptual_weight", "adv_weight", "r1")
-SHOWN = ("loss", "l1", "perceptual", "commitment", "H", "code_deviation", "real_logit",
-         "fake_logit", "skipped", "psnr", "usage", "perplexity")
+INHERITED_FLAGS = (*ARCH_FLAGS, "data", "val", "crop", "image_size", "disc_channels", "vgg",
+                   "l1_weight", "perceptual_weight", "adv_weight", "r1_weight")
+PRINTED_METRICS = ("loss", "l1", "perceptual", "commitment", "soft_entropy", "code_deviation",
+                   "real_logit", "fake_logit", "skipped", "psnr", "usage", "perplexity")
 R1_EVERY = 16  # steps; the penalty is scaled by it (StyleGAN2's lazy regularization)
 
 
@@ -76,16 +76,17 @@ def build_parser():
     add("--perceptual_weight", type=weight, default=1.0, help="weight of the perceptual loss")
     add("--adv_weight", type=weight, default=0.1,
         help="weight of the adversarial loss; 0: no discriminator")
-    add("--beta", type=weight, default=0.25, help="weight of the commitment term")
-    add("--gamma", type=weight, help="weight of the entropy term; default: 0.01, in Table 5 0")
-    add("--vq_start", type=number, default=0, help="train a plain autoencoder for so many steps, "
+    add("--commitment_weight", type=weight, default=0.25, help="weight of the commitment term")
+    add("--entropy_weight", type=weight,
+        help="weight of the entropy term; default: 0.01, with the quantizers of Table 5 0")
+    add("--vq_warmup", type=number, default=0, help="train a plain autoencoder for so many steps, "
         "then initialize the codebook by K-means (ours, for short runs)")
-    add("--disc_ramp", type=number, default=20_000, help="steps over which the adversarial weight "
-        "rises from 0; default with the discriminator of --init: 0")
+    add("--disc_warmup", type=number, default=20_000, help="steps over which the adversarial "
+        "weight rises from 0; default with the discriminator of --init: 0")
     add("--disc_channels", type=size, nargs=2, default=[128, 512],
         help="base and maximum width of the discriminator")
-    add("--r1", type=weight, default=10.0, help="weight of the R1 penalty")
-    add("--recompute", action="store_true",
+    add("--r1_weight", type=weight, default=10.0, help="weight of the R1 penalty")
+    add("--grad_checkpointing", action="store_true",
         help="gradient checkpointing: less memory, activations are computed twice")
     parser.set_defaults(**{name: values[0] for name, values in DEFAULTS.items()})
     return parser
@@ -99,26 +100,26 @@ def parse():
     saved = runtime.resumed_flags(given, defaults, "tokenizer")
     if not saved and (init := given.get("init", defaults["init"])):
         state = runtime.load_checkpoint(init, "tokenizer", mmap=True)
-        saved = {name: state["args"][name] for name in INHERITED if name in state["args"]}
+        saved = {name: state["args"][name] for name in INHERITED_FLAGS if name in state["args"]}
         saved["attention"] = max(saved["attention"], defaults["attention"])
         if "data" in given:
             saved.pop("val", None)
         if "disc" in state:  # it needs no warm-up
-            saved["disc_ramp"] = 0
+            saved["disc_warmup"] = 0
     args = argparse.Namespace(**defaults | saved | given)
 
     if args.codebook_size is None:
         args.codebook_size = 8192 if args.quantizer == "factorized" else 1024
-    if args.gamma is None:
-        args.gamma = 0.01 if args.quantizer == "vq" else 0.0
+    if args.entropy_weight is None:
+        args.entropy_weight = 0.01 if args.quantizer == "vq" else 0.0
     f = 2 ** (len(args.channels) - 1)
     if not 0 <= args.alpha <= 1:
         raise SystemExit(f"--alpha {args.alpha} is not in [0, 1]")
     if args.image_size % f:
         raise SystemExit(f"--image_size {args.image_size} must be divisible by {f}, the "
                          f"downsampling factor of --channels")
-    if args.vq_start and (args.init or args.quantizer != "vq"):
-        raise SystemExit("--vq_start needs --quantizer vq and no --init")
+    if args.vq_warmup and (args.init or args.quantizer != "vq"):
+        raise SystemExit("--vq_warmup needs --quantizer vq and no --init")
     return args
 
 
@@ -140,8 +141,9 @@ def encode(model, x, args):
 
 
 def adversarial_weight(step, args):
-    """Rises linearly from 0 over `disc_ramp` steps: an untrained discriminator degrades images."""
-    return args.adv_weight * min(1, step / args.disc_ramp if args.disc_ramp else 1)
+    """Rises linearly from 0 over `disc_warmup` steps: an untrained discriminator degrades images.
+    """
+    return args.adv_weight * min(1, step / args.disc_warmup if args.disc_warmup else 1)
 
 
 def tokenizer_loss(networks, x, step, args):
@@ -150,7 +152,7 @@ def tokenizer_loss(networks, x, step, args):
     model, disc, perceptual = networks
     adv_weight = adversarial_weight(step, args) if disc else 0
     with runtime.autocast(x.device, args.dtype):
-        if step >= args.vq_start:
+        if step >= args.vq_warmup:
             z_q, _, terms = encode(model, x, args)
         else:
             z_q, terms = model.encoder(x), {}
@@ -237,18 +239,18 @@ def save_reconstructions(path, model, val, args, device):
 
 @torch.no_grad()
 def init_codebook(model, x, args):
-    """--vq_start: K-means of the encoder's outputs on x (of all processes)."""
+    """--vq_warmup: K-means of the encoder's outputs on x (of all processes)."""
     with runtime.autocast(x.device, args.dtype):
         z = model.encoder(x).float().permute(0, 2, 3, 1).flatten(0, 2)
-    codes = vq.kmeans(vq.gather_rows(z), args.codebook_size, seed=0)
+    codes = vq.kmeans(vq.all_gather_rows(z), args.codebook_size, seed=0)
     model.quantizer.codebook.copy_(codes)
 
 
 def build_models(args, device, init=None):
     """Tokenizer and discriminator (None if adv_weight is 0), with the weights of `init`."""
     torch.manual_seed(args.seed)
-    model = vq.VQModel(**{name: getattr(args, name) for name in ARCHITECTURE},
-                       recompute=args.recompute)
+    model = vq.VQModel(**{name: getattr(args, name) for name in ARCH_FLAGS},
+                       grad_checkpointing=args.grad_checkpointing)
     disc = losses.Discriminator(args.image_size, args.disc_channels) if args.adv_weight else None
     if init:
         state = runtime.load_checkpoint(init, "tokenizer")
@@ -276,7 +278,7 @@ def main():
     args = parse()
     device, compiled = runtime.setup(args)
     runtime.micro_batch_size(args)  # checks that the batch is divisible
-    run = runtime.Run(args, "tokenizer", SHOWN)
+    run = runtime.Run(args, "tokenizer", PRINTED_METRICS)
     source, val = data.open_data(args)
     vgg = runtime.main_first(lambda: losses.load_vgg(args.vgg))
     perceptual = losses.PerceptualLoss(vgg, args.alpha, args.perceptual_layers).to(device)
@@ -303,7 +305,7 @@ def main():
     batches = data.until_unreadable(data.train_loader(stream, args, start, device), run)
     averages = runtime.Averages()
     model.train()
-    micro_batches = list(islice(batches, args.accum))
+    micro_batches = list(islice(batches, args.grad_accum))
     for step in range(start, args.iters + 1):
         run.stop_if_requested(step)
         if run.validation_is_due(step):
@@ -318,7 +320,7 @@ def main():
             break
 
         xs = [data.to_float(x, device) for x, _ in micro_batches]  # (b, 3, S, S) in [-1, 1]
-        if step and step == args.vq_start:
+        if step and step == args.vq_warmup:
             init_codebook(model, xs[0], args)
 
         # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
@@ -326,7 +328,7 @@ def main():
         x_hats = []
         for x in xs:
             loss, x_hat, terms = tokenizer_loss(networks, x, step, args)
-            (loss / args.accum).backward()
+            (loss / args.grad_accum).backward()
             x_hats.append(x_hat.detach())
             averages.add(**terms)
 
@@ -335,10 +337,10 @@ def main():
             disc.requires_grad_(True)
             for x, x_hat in zip(xs, x_hats):
                 loss, terms = discriminator_loss(disc, x, x_hat, args)
-                (loss / args.accum).backward()
+                (loss / args.grad_accum).backward()
                 averages.add(**terms)
-                if args.r1 and step % R1_EVERY == 0:
-                    weight = args.r1 / 2 * R1_EVERY / args.accum
+                if args.r1_weight and step % R1_EVERY == 0:
+                    weight = args.r1_weight / 2 * R1_EVERY / args.grad_accum
                     averages.add(r1=backward_r1(disc, x, weight))
             disc.requires_grad_(False)
 
@@ -348,7 +350,7 @@ def main():
             values = averages.pop() | dict(zip(("grad_norm", "grad_norm_disc"), norms))
             run.log(step + 1, "train", lr=lr, adv_weight=adversarial_weight(step, args),
                     skipped=run.skipped, **values)
-        micro_batches = list(islice(batches, args.accum))
+        micro_batches = list(islice(batches, args.grad_accum))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ attention" (Sec. 6.1). B images, N codes per image, K codes in the codebook, wid
 The prefix c is the class embedding, without classes one learned vector. A training step is
 
     u = torch.rand(len(indices), model.length + 2)
-    tokens, labels, mask = model.corrupt(indices, labels, u)
+    tokens, labels, mask = model.make_inputs(indices, labels, u)
     total, count = model.loss(model(tokens, labels), indices, mask)  # Eq. 3 is total / count
 
 and `model.eval().generate(64, labels)` samples the codes of 64 images.
@@ -47,7 +47,7 @@ class Block(nn.Module):
         self.fc2 = nn.Linear(4 * d, d)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, cache=None, slot=None, seen=None):
+    def forward(self, x, cache=None, pos=None, attn_mask=None):
         B, L, d = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d / heads)
@@ -55,9 +55,9 @@ class Block(nn.Module):
             p = self.dropout if self.training else 0.0
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=self.causal)
         else:  # L = 1: write this position's key and value, attend to the positions up to it
-            cache[0].index_copy_(2, slot, k)
-            cache[1].index_copy_(2, slot, v)
-            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=seen)
+            cache[0].index_copy_(2, pos, k)
+            cache[1].index_copy_(2, pos, v)
+            y = F.scaled_dot_product_attention(q, cache[0], cache[1], attn_mask=attn_mask)
         x = x + self.drop(self.proj(y.transpose(1, 2).reshape(B, L, d)))
         return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
@@ -65,24 +65,24 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A prior over sequences of `length` = N codes.
 
-    kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. classes: 0 is unconditional.
+    kind: "ar" or "nar". size: a key of SIZES. codebook_size: K. num_classes: 0 is unconditional.
     null_class adds an embedding for "no class", for guidance. It is off by default: the paper
     "exclude[s] the classifier-free guidance" (Sec. 6.1)."""
 
-    def __init__(self, kind, size="base", codebook_size=1024, length=256, classes=1000,
+    def __init__(self, kind, size="base", codebook_size=1024, length=256, num_classes=1000,
                  dropout=0.1, null_class=False):
         super().__init__()
         self.config = {"kind": kind, "size": size, "codebook_size": codebook_size,
-                       "length": length, "classes": classes, "dropout": dropout,
+                       "length": length, "num_classes": num_classes, "dropout": dropout,
                        "null_class": null_class}
         self.kind, self.codebook_size, self.length = kind, codebook_size, length
-        self.classes = classes
+        self.num_classes = num_classes
         self.mask_id = codebook_size  # NAR's mask token has its own embedding
         self.heads, d = SIZES[size]["heads"], SIZES[size]["width"]
         nar, blocks = kind == "nar", SIZES[size]["blocks"]
-        self.code = nn.Embedding(codebook_size + nar, d)  # the first K rows are tied to the head
-        self.slot = nn.Embedding(length + nar, d)  # position 0 is the prefix; AR never reads s_N
-        self.prefix = nn.Embedding(max(classes, 1) + null_class, d)
+        self.tok_emb = nn.Embedding(codebook_size + nar, d)  # the first K rows are tied to the head
+        self.pos_emb = nn.Embedding(length + nar, d)  # position 0 is the prefix; AR never reads s_N
+        self.cls_emb = nn.Embedding(max(num_classes, 1) + null_class, d)
         self.drop = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d, self.heads, dropout, not nar) for _ in range(blocks))
         self.norm = nn.LayerNorm(d)
@@ -108,37 +108,38 @@ class Transformer(nn.Module):
         """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
         AR: row i depends on s_<i and the label; its argmax is the view of Sec. 3.2.
-        NAR: masked codes are `mask_id` = K. The label `classes` is the null class."""
-        x = self.code(indices[:, :-1] if self.kind == "ar" else indices)
-        x = torch.cat([self._prefix(labels, len(indices)), x], 1)  # (B, N, d), NAR (B, N+1, d)
-        x = self.drop(x + self.slot.weight)
+        NAR: masked codes are `mask_id` = K. The label `num_classes` is the null class."""
+        x = self.tok_emb(indices[:, :-1] if self.kind == "ar" else indices)
+        c = self._class_embedding(labels, len(indices))  # (B, 1, d)
+        x = torch.cat([c, x], 1)  # (B, N, d), NAR (B, N+1, d)
+        x = self.drop(x + self.pos_emb.weight)
         for block in self.blocks:
             x = block(x)
         return self._head(x if self.kind == "ar" else x[:, 1:])  # NAR: drop the prefix
 
-    def _prefix(self, labels, batch):
-        if bool(self.classes) != (labels is not None):
-            raise ValueError(f"labels: a prior of {self.classes} classes needs them, of 0 none")
+    def _class_embedding(self, labels, batch):
+        if bool(self.num_classes) != (labels is not None):
+            raise ValueError(f"labels: a prior of {self.num_classes} classes needs them, of 0 none")
         if labels is None:
-            labels = torch.zeros(batch, dtype=torch.long, device=self.prefix.weight.device)
-        return self.prefix(labels)[:, None]  # (B, 1, d)
+            labels = torch.zeros(batch, dtype=torch.long, device=self.cls_emb.weight.device)
+        return self.cls_emb(labels)[:, None]  # (B, 1, d)
 
     def _head(self, x):
         with torch.autocast(x.device.type, enabled=False):  # bf16 logits near 8 are 0.06 apart
-            weight = self.code.weight[:self.codebook_size]
+            weight = self.tok_emb.weight[:self.codebook_size]
             return F.linear(self.norm(x).float(), weight.float())
 
-    def corrupt(self, indices, labels, u, label_dropout=0.0):
+    def make_inputs(self, indices, labels, u, label_dropout=0.0):
         """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to
         predict. All randomness comes from u (B, N + 2), uniform in [0, 1).
 
         NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted.
         A label becomes the null class with probability `label_dropout`."""
         if label_dropout:
-            labels = torch.where(u[:, 0] < label_dropout, self.classes, labels)
+            labels = torch.where(u[:, 0] < label_dropout, self.num_classes, labels)
         if self.kind == "ar":
             return indices, labels, torch.ones_like(indices, dtype=torch.bool)
-        mask = draw_mask(u[:, 1], u[:, 2:])
+        mask = sample_mask(u[:, 1], u[:, 2:])
         return indices.masked_fill(mask, self.mask_id), labels, mask
 
     def loss(self, logits, indices, mask):
@@ -154,57 +155,57 @@ class Transformer(nn.Module):
     # ---------------------------------------------------------------- sampling
 
     def new_cache(self, batch):
-        """Keys and values for `decode_slot`: (blocks, 2, batch, heads, N, d / heads)."""
-        w, device = self.code.weight, self.code.weight.device.type
+        """Keys and values for `decode_position`: (blocks, 2, batch, heads, N, d / heads)."""
+        w, device = self.tok_emb.weight, self.tok_emb.weight.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else w.dtype
         shape = len(self.blocks), 2, batch, self.heads, self.length, w.shape[1] // self.heads
         return torch.zeros(shape, device=w.device, dtype=dtype)
 
-    def decode_slot(self, x, slot, cache):
-        """One position of the AR model: embedding x (B, 1, d), slot (1,) int64 -> logits (B, K).
+    def decode_position(self, x, pos, cache):
+        """One position of the AR model: embedding x (B, 1, d), pos (1,) int64 -> logits (B, K).
         Fills the cache. Shapes are fixed, and nothing is read back to the host."""
-        x = x + self.slot(slot)
-        seen = (torch.arange(self.length, device=x.device) <= slot)[None]  # (1, N)
+        x = x + self.pos_emb(pos)
+        attn_mask = (torch.arange(self.length, device=x.device) <= pos)[None]  # (1, N)
         for block, kv in zip(self.blocks, cache):
-            x = block(x, kv, slot, seen)
+            x = block(x, kv, pos, attn_mask)
         return self._head(x)[:, 0]
 
     @torch.no_grad()
-    def generate(self, batch, labels=None, *, temperature=1.0, top_k=0, top_p=1.0, cfg=0.0,
-                 steps=12, choice_temperature=0.45):
+    def generate(self, batch, labels=None, *, temperature=1.0, top_k=0, top_p=1.0, cfg_scale=1.0,
+                 decode_steps=12, choice_temperature=0.45):
         """Sample codes -> (batch, N) int64 in [0, K), with torch's default generator.
 
-        labels: (batch,) int64 in [0, classes), None for an unconditional model.
+        labels: (batch,) int64 in [0, num_classes), None for an unconditional model.
         temperature: divides the logits, > 0.
         top_k, top_p: AR. Keep the k most probable codes (0: all), then the smallest set of them
             with cumulative probability >= p. Table 10: top_p 0.92 on ImageNet, else 0.98.
-        cfg: guidance w >= 0, logits l_c + w (l_c - l_null); 0 is off.
-        steps: NAR. Decoding steps T in [1, N]; 12 in Tables 3 and 4.
+        cfg_scale: classifier-free guidance s >= 1, logits l_null + s (l_c - l_null); 1 is off.
+        decode_steps: NAR. Decoding steps T in [1, N]; 12 in Tables 3 and 4.
         choice_temperature: NAR, >= 0, see `maskgit`. Table 10: 0.45 on ImageNet, else 0.65."""
-        N, device, copies = self.length, self.code.weight.device, 2 if cfg else 1
-        if cfg:  # the second half of the batch sees the same codes and no class
-            labels = torch.cat([labels, torch.full_like(labels, self.classes)])
+        N, device, n_copies = self.length, self.tok_emb.weight.device, 1 + (cfg_scale > 1)
+        if n_copies == 2:  # the second half of the batch sees the same codes and no class
+            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
 
-        def guide(logits):
-            l_c, *l_null = logits.chunk(copies)
-            return l_c + cfg * (l_c - l_null[0]) if cfg else l_c
+        def apply_cfg(logits):
+            l_c, *l_null = logits.chunk(n_copies)
+            return l_c + (cfg_scale - 1) * (l_c - l_null[0]) if l_null else l_c
 
         if self.kind == "nar":
             tokens = torch.full((batch, N), self.mask_id, device=device)
-            return maskgit(tokens, lambda s: guide(self(s.repeat(copies, 1), labels)), steps,
-                           self.mask_id, temperature, choice_temperature)
+            return maskgit(tokens, lambda s: apply_cfg(self(s.repeat(n_copies, 1), labels)),
+                           decode_steps, self.mask_id, temperature, choice_temperature)
 
-        x = self._prefix(labels, batch)  # (batch, 1, d), with guidance (2 batch, 1, d)
-        cache, slot = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
+        x = self._class_embedding(labels, batch)  # (batch, 1, d), with guidance (2 batch, 1, d)
+        cache, pos = self.new_cache(len(x)), torch.zeros(1, dtype=torch.long, device=device)
         s = torch.zeros(batch, N, dtype=torch.long, device=device)
 
         def next_code():
-            logits = guide(self.decode_slot(x, slot, cache))
+            logits = apply_cfg(self.decode_position(x, pos, cache))
             code = sample(logits, temperature, top_k, top_p)  # (batch,)
-            s.index_copy_(1, slot, code[:, None])
-            x.copy_(self.code(code.repeat(copies))[:, None])  # the next position's input
-            slot.add_(1)
+            s.index_copy_(1, pos, code[:, None])
+            x.copy_(self.tok_emb(code.repeat(n_copies))[:, None])  # the next position's input
+            pos.add_(1)
 
         if device.type == "cuda":  # the same function, faster
             next_code = CUDAGraph(next_code)
@@ -244,16 +245,16 @@ def capture_stream():
     return torch.cuda.Stream()
 
 
-def draw_mask(r, noise):
+def sample_mask(r, noise):
     """MaskGIT's training mask: r (B,), noise (B, N), uniform in [0, 1) -> (B, N) bool.
 
     The paper says "a random mask". MaskGIT masks the fraction cos(pi r / 2), at least one code. We
     round up, so that the fully masked input, with which sampling starts, occurs in training."""
     count = (noise.shape[1] * torch.cos(math.pi / 2 * r)).ceil().clamp(min=1)  # (B,)
-    return ranks(noise) < count[:, None]
+    return rank_within_row(noise) < count[:, None]
 
 
-def ranks(values):
+def rank_within_row(values):
     """Rank of each value within its row (0: the smallest)."""
     return values.argsort(dim=-1, stable=True).argsort(-1)
 
@@ -302,7 +303,7 @@ def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0
         confidence = confidence.masked_fill(~unknown, torch.inf)
         length = (n * math.cos(math.pi / 2 * ratio)).floor()
         length = torch.minimum(length, unknown.sum(-1, keepdim=True) - 1).clamp(min=1)
-        tokens = ids.masked_fill((ranks(confidence) < length) & unknown, mask_id)
+        tokens = ids.masked_fill((rank_within_row(confidence) < length) & unknown, mask_id)
 
 
 def load_prior(path, device="cpu"):
@@ -325,7 +326,7 @@ if __name__ == "__main__":
     for size, classes, paper in [("base", 1000, 172e6), ("large", 1000, 305e6), ("base", 0, 171e6)]:
         for kind in ("ar", "nar"):
             with torch.device("meta"):
-                model = Transformer(kind, size, classes=classes)
+                model = Transformer(kind, size, num_classes=classes)
             ours = sum(p.numel() for p in model.parameters())
             name = f"{kind.upper()} {size}" + ("" if classes else ", no classes")
             percent = 100 * (ours / paper - 1)

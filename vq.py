@@ -90,11 +90,12 @@ class Encoder(nn.Module):
 
     Table 7 and the paper's parameter counts disagree. This layout matches the counts (run
     `python vq.py`): two blocks per level, of which the first changes the channels; two more at the
-    last level; average pooling; one 1x1 quant_conv. recompute: gradient checkpointing per level."""
+    last level; average pooling; one 1x1 quant_conv. grad_checkpointing: recompute the activations
+    of each level in the backward pass."""
 
-    def __init__(self, channels, z_dim, recompute=False):
+    def __init__(self, channels, z_dim, grad_checkpointing=False):
         super().__init__()
-        self.recompute, c = recompute, channels[0]
+        self.grad_checkpointing, c = grad_checkpointing, channels[0]
         self.stem = nn.Conv2d(3, c, 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(channels):
@@ -109,7 +110,7 @@ class Encoder(nn.Module):
     def forward(self, x):
         h = self.stem(x)  # (B, c_1, H, W)
         for level in self.levels:  # (B, c_i, H / 2^i, W / 2^i)
-            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)
+            h = checkpoint(level, h, use_reentrant=False) if self.grad_checkpointing else level(h)
         return self.quant_conv(self.head(h))
 
 
@@ -119,9 +120,9 @@ class Decoder(nn.Module):
     attention: number of (block, dilated) attention pairs at the end of each level: 1 in phase 2, 2
     in Table 1. extra_blocks: residual blocks added to each level: 2 in Table 1's Conv x2."""
 
-    def __init__(self, channels, z_dim, attention=0, extra_blocks=0, recompute=False):
+    def __init__(self, channels, z_dim, attention=0, extra_blocks=0, grad_checkpointing=False):
         super().__init__()
-        self.recompute, c = recompute, channels[-1]
+        self.grad_checkpointing, c = grad_checkpointing, channels[-1]
         self.stem = nn.Conv2d(z_dim, c, 3, padding=1)
         self.levels = nn.ModuleList()
         for i, width in enumerate(reversed(channels)):
@@ -138,7 +139,7 @@ class Decoder(nn.Module):
     def forward(self, z_q):
         h = self.stem(z_q)  # (B, c_last, h, w)
         for level in self.levels:  # (B, c_i, h 2^i, w 2^i)
-            h = checkpoint(level, h, use_reentrant=False) if self.recompute else level(h)
+            h = checkpoint(level, h, use_reentrant=False) if self.grad_checkpointing else level(h)
         return self.head(h)
 
 
@@ -154,7 +155,7 @@ def global_mean(tensor):
     return total / dist.get_world_size() + tensor - tensor.detach()
 
 
-def gather_rows(tensor):
+def all_gather_rows(tensor):
     """Concatenate the rows of all processes in rank order (equal shapes, no gradient)."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
@@ -181,7 +182,7 @@ class Quantizer(nn.Module):
         start = torch.empty(codebook_size, z_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(start)
 
-    def vectors(self):
+    def codebook_vectors(self):
         """Z: (K, dim) fp32, the vector of each code."""
         return self.codebook.float()
 
@@ -190,24 +191,24 @@ class Quantizer(nn.Module):
 
         |z|^2 - 2 z.c + |c|^2 loses digits if the vectors share a large mean, so it is subtracted.
         """
-        vectors = self.vectors()
+        vectors = self.codebook_vectors()
         mean = vectors.detach().mean(0)
         z, vectors = z - mean, vectors - mean
         return z.square().sum(1, keepdim=True) - 2 * z @ vectors.T + vectors.square().sum(1)
 
     def embed(self, indices):
-        return F.embedding(indices, self.vectors()).permute(0, 3, 1, 2)
+        return F.embedding(indices, self.codebook_vectors()).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
         """-> z_q with straight-through gradient, indices, and the terms codebook, commitment,
-        H (entropy of the soft usage, nats), vq, their weighted sum, and code_deviation."""
+        soft_entropy (H of the soft usage, nats), vq, their weighted sum, and code_deviation."""
         with torch.autocast(z_hat.device.type, enabled=False):
             z = z_hat.float().permute(0, 2, 3, 1)  # (B, h, w, n_z)
             shape = z.shape
             z = z.reshape(-1, shape[-1])  # (N, n_z)
             D = self.distances(z)  # (N, K)
             indices = D.argmin(1)  # Eq. 1
-            vectors = self.vectors()
+            vectors = self.codebook_vectors()
             z_q = F.embedding(indices, vectors)
             # Eq. 2. Means over all elements, not sums: VQGAN, MaskGIT.
             codebook = F.mse_loss(z_q, z.detach())
@@ -227,8 +228,8 @@ class Quantizer(nn.Module):
             # With n_z = 256, once this standard deviation exceeds about 0.5, unused codes get no
             # gradient from the entropy term.
             deviation = vectors.detach().std(0).mean()
-            return z_q, indices, {"codebook": codebook, "commitment": commitment, "H": H, "vq": vq,
-                                  "code_deviation": deviation}
+            return z_q, indices, {"codebook": codebook, "commitment": commitment,
+                                  "soft_entropy": H, "vq": vq, "code_deviation": deviation}
 
 
 def usage_and_perplexity(histogram):
@@ -247,21 +248,23 @@ class VQModel(nn.Module):
 
     channels: width of each level, a multiple of 16, and of 64 above 128. The downsampling factor
     is f = 2^(levels - 1).
-    quantizer: a name in QUANTIZERS. attention, extra_blocks: see Decoder. recompute: gradient
-    checkpointing of each level."""
+    quantizer: a name in QUANTIZERS. commitment_weight, entropy_weight: beta and gamma of Quantizer.
+    attention, extra_blocks: see Decoder. grad_checkpointing: see Encoder."""
 
     # More than five arguments: `config` makes the same model from a checkpoint.
     def __init__(self, channels=(128, 128, 256, 256, 512), z_dim=256, quantizer="vq",
-                 codebook_size=1024, beta=0.25, gamma=0.01, attention=0, extra_blocks=0,
-                 recompute=False):
+                 codebook_size=1024, commitment_weight=0.25, entropy_weight=0.01, attention=0,
+                 extra_blocks=0, grad_checkpointing=False):
         super().__init__()
         self.config = dict(channels=channels, z_dim=z_dim, quantizer=quantizer,
-                           codebook_size=codebook_size, beta=beta, gamma=gamma,
-                           attention=attention, extra_blocks=extra_blocks)
+                           codebook_size=codebook_size, commitment_weight=commitment_weight,
+                           entropy_weight=entropy_weight, attention=attention,
+                           extra_blocks=extra_blocks)
         self.f, self.attention = 2 ** (len(channels) - 1), attention
-        self.encoder = Encoder(channels, z_dim, recompute)
-        self.quantizer = QUANTIZERS[quantizer](codebook_size, z_dim, beta, gamma)
-        self.decoder = Decoder(channels, z_dim, attention, extra_blocks, recompute)
+        self.encoder = Encoder(channels, z_dim, grad_checkpointing)
+        self.quantizer = QUANTIZERS[quantizer](codebook_size, z_dim, beta=commitment_weight,
+                                               gamma=entropy_weight)
+        self.decoder = Decoder(channels, z_dim, attention, extra_blocks, grad_checkpointing)
 
     def encode(self, x):
         """x (B, 3, S, S) in [-1, 1] -> z_q (B, n_z, h, w), indices (B, h, w), the terms."""
@@ -327,7 +330,7 @@ class KMeans(Quantizer):
             step = int(self.passes)
             self.passes += 1
             if step % self.EVERY == 0 and step <= self.UNTIL:
-                z = gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
+                z = all_gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
                 if z.isfinite().all(1).any():
                     centers = kmeans(z[-self.ROWS:], self.codebook_size, seed=step)
                     self.codebook.data.copy_(centers)
@@ -367,12 +370,12 @@ class Factorized(Quantizer):
         self.down, self.up = down, up
         nn.init.normal_(self.codebook, std=dim ** -0.5)  # a uniform direction on the sphere
 
-    def vectors(self):
+    def codebook_vectors(self):
         return F.normalize(self.codebook.float(), dim=1)
 
     def embed(self, indices):
         with torch.autocast(indices.device.type, enabled=False):
-            return self.up(F.embedding(indices, self.vectors())).permute(0, 3, 1, 2)
+            return self.up(F.embedding(indices, self.codebook_vectors())).permute(0, 3, 1, 2)
 
     def forward(self, z_hat):
         with torch.autocast(z_hat.device.type, enabled=False):

@@ -1,8 +1,8 @@
-"""How fast is each stage, how near to what the machine can do, what is each optimisation worth?
+"""How fast is each stage, how near to what the machine can do, what is each optimization worth?
 
     python benchmarks/bench.py                       # the paper's sizes; on a CPU small ones
     python benchmarks/bench.py --parts phase1 r1     # some parts only, in this order
-    python benchmarks/bench.py --parts naive         # a phase-1 step without each optimisation
+    python benchmarks/bench.py --parts naive         # a phase-1 step without each optimization
 
 The steps are those of train_tokenizer.py and train_prior.py; weights, images and codes are random.
 TFLOP are counted by torch's FLOP counter (a multiply-add is 2). `share` is TFLOP/s over the rate of
@@ -156,12 +156,13 @@ class Tokenizer:
         """A step as in train_tokenizer.py, with R1 or without."""
         x = data.to_float(self.images if images is None else images, self.device)
         x, flags = x.contiguous(memory_format=self.memory), self.flags
-        loss, x_hat, _ = train_tokenizer.tokenizer_loss(self.networks, x, flags.disc_ramp, flags)
+        loss, x_hat, _ = train_tokenizer.tokenizer_loss(self.networks, x, flags.disc_warmup, flags)
         loss.backward()
         self.disc.requires_grad_(True)
         train_tokenizer.discriminator_loss(self.disc, x, x_hat.detach(), flags)[0].backward()
         if with_r1 or "lazy" in self.off:
-            train_tokenizer.backward_r1(self.disc, x, flags.r1 / 2 * train_tokenizer.R1_EVERY)
+            weight = flags.r1_weight / 2 * train_tokenizer.R1_EVERY
+            train_tokenizer.backward_r1(self.disc, x, weight)
         self.disc.requires_grad_(False)
         step_of(self.opts)
         if "frozen" in self.off:
@@ -206,22 +207,22 @@ def priors(args, device, table, sample):
     """A training step of each prior, or (sample) drawing a batch of codes."""
     flags, b, rng = flags_of(args), args.batch_size, np.random.default_rng(0)
     K, N = flags.codebook_size, (flags.image_size >> (len(flags.channels) - 1)) ** 2
-    flags.classes = 1000
+    flags.num_classes = 1000
     for name in SIZES[args.size][1]:
         for kind in ("ar", "nar"):
-            model = transformer.Transformer(kind, name, K, N, flags.classes).to(device)
+            model = transformer.Transformer(kind, name, K, N, flags.num_classes).to(device)
             opt = torch.optim.AdamW(model.param_groups(), fused=True)
             labels = torch.arange(b, device=device)
             cache = np.empty(b, [("codes", np.uint16, N), ("label", np.int32)])
             cache["codes"] = rng.integers(K, size=(b, N))
-            cache["label"] = rng.integers(flags.classes, size=b)
+            cache["label"] = rng.integers(flags.num_classes, size=b)
             if args.compile and not sample:
                 compile_parts(model)
 
             def train(model=model, cache=cache, opt=opt):
                 indices, labels = train_prior.load_codes(cache, np.arange(b), flags, device)
                 u = torch.rand(b, N + 2, device=device)
-                corrupted = model.corrupt(indices, labels, u)
+                corrupted = model.make_inputs(indices, labels, u)
                 train_prior.prior_step(model, [(indices, *corrupted)], flags)
                 step_of([opt])
 
@@ -236,7 +237,8 @@ def priors(args, device, table, sample):
 
 
 def naive(args, device, table):
-    """A phase-1 step without each optimisation in turn, without all, and with --recompute."""
+    """A phase-1 step without each optimization in turn, without all of them, and with
+    --grad_checkpointing."""
     names = [name for name in OFF if device.type == "cuda" or name not in ("compile", "bf16")]
     first = Tokenizer(args, device).report(table, "a phase-1 step", args.seconds, False)
     for off in (*([name] for name in names), names):
@@ -245,8 +247,9 @@ def naive(args, device, table):
         seconds = tokenizer.report(table, f"  {text}", args.seconds, False)
         print(f"{'':46} {seconds / first:8.2f} times")
     tokenizer = Tokenizer(args, device)
-    tokenizer.model.encoder.recompute = tokenizer.model.decoder.recompute = True
-    tokenizer.report(table, "  with --recompute", args.seconds, False)
+    for part in (tokenizer.model.encoder, tokenizer.model.decoder):
+        part.grad_checkpointing = True
+    tokenizer.report(table, "  with --grad_checkpointing", args.seconds, False)
 
 
 def main():

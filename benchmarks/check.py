@@ -37,7 +37,7 @@ def networks():
             torch.nn.init.normal_(part.out.weight, std=0.02)
     disc = losses.Discriminator(SIDE, DISC_CHANNELS)
     codes, labels = torch.randint(1024, (4, 256)), torch.arange(4)
-    ar, nar = (transformer.Transformer(kind, "tiny", classes=4) for kind in ("ar", "nar"))
+    ar, nar = (transformer.Transformer(kind, "tiny", num_classes=4) for kind in ("ar", "nar"))
 
     def plain(net, x):
         return net(x)
@@ -95,7 +95,7 @@ def largest_error(found, reference):
 def graph_equals_loop(device):
     """The fraction of codes that the sampler and a plain loop have in common, without chance."""
     torch.manual_seed(0)
-    prior = transformer.Transformer("ar", "tiny", classes=4).eval().to(device)
+    prior = transformer.Transformer("ar", "tiny", num_classes=4).eval().to(device)
     labels = torch.arange(8, device=device) % 4
     with runtime.autocast(device, "auto"):
         drawn = prior.generate(8, labels, top_k=1)

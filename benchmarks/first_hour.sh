@@ -18,7 +18,7 @@ if [ "${SMALL:-}" ]; then
 else
   bench="--size paper" batches="32 96 64 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_CLUTTER=1 DEMO_STEPS=20000"
 fi
-train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_ramp 0"
+train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_warmup 0"
 
 part() {  # part NAME SECONDS: run the function NAME with a time limit, its output in NAME.log
   case " ${PARTS:-phase1 numbers graphs priors phase2 resume naive miniature} " in *" $1 "*) ;; *) return ;; esac

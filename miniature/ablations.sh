@@ -32,7 +32,7 @@ flags() {  # what a row changes
     attention) echo "$scratch --attention 2" ;;
     long) echo "$scratch --iters $((2 * steps))" ;;
     # Table 5: how the codebook is kept in use; so it is initialized at random, as in the paper
-    plain) echo "$scratch --gamma 0" ;;
+    plain) echo "$scratch --entropy_weight 0" ;;
     entropy) echo "$scratch" ;;
     kmeans | factorized) echo "$scratch --quantizer $1" ;;
     # Table 6: layers of the perceptual loss; from demo.sh's initial checkpoint
@@ -54,13 +54,13 @@ row() {
   run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --lr_end 1e-4 \
     --l1_weight 0.5 --adv_weight 0 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # of a flag given twice the last counts
   finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
-    --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
+    --workers 0 --feature_net "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
   run python train_prior.py $common --size tiny --views 1 --batch_size 64 --iters "$priors" --lr 1e-3 --lr_end 1e-4 \
     --decay_start 0 --dropout 0 --eval_every 500 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
   finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --count 2000 \
     --batch_size 100 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar1"
   finished "$folder/ar1.json" || run python fid.py --real "$demo/train.npz" --fake "$folder/ar1/samples.npz" \
-    --workers 0 --features "$demo/classifier/ckpt.pt" --json "$folder/ar1.json"
+    --workers 0 --feature_net "$demo/classifier/ckpt.pt" --json "$folder/ar1.json"
 }
 
 for name in $rows; do flags "$name" > /dev/null; done  # ends here if one of them is no row

@@ -65,7 +65,7 @@ prior="$common --size tiny --views 1 --batch_size 64 --lr 1e-3 --lr_end 1e-4 --d
 classifier() { run python miniature/train_vgg.py $common --iters $((steps * 3 / 4)) --eval_every 250 --seed "$1" --out "$out/$2"; }
 
 # FD of samples to five times as many training images, in the independent network's features.
-evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" --features "$out/classifier/ckpt.pt" \
+evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" --feature_net "$out/classifier/ckpt.pt" \
   --workers 0 --json "$2"; }
 
 job() {  # everything about one alpha
@@ -79,13 +79,13 @@ job() {  # everything about one alpha
     --lr_end 1e-4 --l1_weight 1 --out "$folder/phase2"
   for phase in 1 2; do
     finished "$folder/phase$phase.json" || run python fid.py --real "$data" --split val --count "$samples" --workers 0 \
-      --tokenizer "$folder/phase$phase/ckpt.pt" --features "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
+      --tokenizer "$folder/phase$phase/ckpt.pt" --feature_net "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
   for name in ar ar_second nar; do  # one prior is no evidence: a second one with another seed
     kind=${name%_second} iters=$priors
     [ $kind = ar ] || iters=$((priors * 2))
     log "a $kind prior on phase 1's codes, which are phase 2's as well"
-    run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --codes "$folder/codes" \
+    run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --code_cache "$folder/codes" \
       --iters "$iters" --eval_every $((iters / 10)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
     options="--prior $folder/$name/best.pt --count $samples --batch_size 100"
     [ $kind = ar ] || options="$options --choice_temperature $temperature"
@@ -103,10 +103,10 @@ log "two small classifiers: the network of the loss, and another one for evaluat
 classifier 2 classifier
 wait "$other" || { cat "$out/vgg.log"; exit 1; }
 finished "$out/train.npz" || run python fid.py --real "$data" --split train --count $((5 * samples)) --image_size 32 \
-  --workers 0 --features "$out/classifier/ckpt.pt" --save "$out/train.npz"
+  --workers 0 --feature_net "$out/classifier/ckpt.pt" --save "$out/train.npz"
 log "the shared initial checkpoint: a tokenizer at alpha 0"
 run python train_tokenizer.py $tokenizer $weights --alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 \
-  --iters "$steps" --lr 1.5e-3 --lr_end 1e-3 --vq_start $((steps / 10)) --out "$out/start"
+  --iters "$steps" --lr 1.5e-3 --lr_end 1e-3 --vq_warmup $((steps / 10)) --out "$out/start"
 
 for alpha in $alphas; do
   while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do sleep 1; done

@@ -16,7 +16,7 @@ import vq  # noqa: E402
 from losses import sha256  # noqa: E402
 
 KEPT = ("component", "step", "torch", "config", "grid", "classes", "tokenizer")
-PATHS = ("out", "init", "vgg", "tokenizer", "codes")  # flags that name files nobody else has
+PATHS = ("out", "init", "vgg", "tokenizer", "code_cache")  # flags that name files nobody else has
 
 
 def main():

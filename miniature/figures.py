@@ -42,7 +42,7 @@ ROWS = [
     ("parts", "parts of reconstructions classified correctly, %", 1, "higher"),
     ("fd", "FD of reconstructions", 2, "lower"),
     ("usage", "codes used, %", 1, ""),
-    ("H", "unigram entropy of the codes H, nats", 2, ""),
+    ("H", "unigram entropy of the codes, nats", 2, ""),
     ("ar_loss", "AR: validation loss, nats per token", 3, "lower"),
     ("nar_loss", "NAR: validation loss, nats per masked token", 3, "lower"),
     ("gain", "AR: improvement over the unigram entropy, nats", 3, "higher"),
@@ -201,7 +201,8 @@ def measure(run):
     for alpha, folder in alphas(run).items():
         print(f"measuring {folder}", flush=True)
         one, two, x, parts, s, top1 = load(folder, HELD_OUT)
-        values = {"H": lowest(folder / "ar")["H"], "top1": 100 * (top1 == s).float().mean().item(),
+        values = {"H": lowest(folder / "ar")["unigram_entropy"],
+                  "top1": 100 * (top1 == s).float().mean().item(),
                   "same_codes": vq.fingerprint(one) == vq.fingerprint(two)}
         x_hat = one.decode_indices(s)
         values["sem"] = losses.PerceptualLoss(network, alpha=1)(x_hat, x)[0].item()
@@ -344,7 +345,7 @@ def ablation_tables(folders):
                 best, rebuilt = lowest(run / "ar"), read(run / "phase1.json")
                 found.append((f"{validation(run / 'phase1')[-1]['l1']:.3f}",
                               f"{rebuilt['FD']:.2f}", f"{100 * rebuilt['usage']:.1f}",
-                              f"{best['loss']:.2f} ({best['H']:.2f})",
+                              f"{best['loss']:.2f} ({best['unigram_entropy']:.2f})",
                               f"{read(run / 'ar1.json')['FD']:.2f}"))
             cells = " | ".join(map(", ".join, zip(*found)))
             lines.append(f"| {text} | {cells} | {rfid:.2f} | {fid:.2f} |")
@@ -505,7 +506,8 @@ def clutter(runs, path):
 def own_curves(runs, path):
     """What runs of one's own logged, against the step: a panel a value, a line a run and split."""
     from matplotlib import pyplot
-    names = ("loss", "l1", "perceptual", "psnr", "relu5_3", "logit", "usage", "perplexity", "H")
+    names = ("loss", "l1", "perceptual", "psnr", "relu5_3", "logit", "usage", "perplexity",
+             "unigram_entropy")
     found = {}
     for run in runs:
         lines = runtime.read_metrics(Path(run) / "metrics.jsonl")

@@ -27,7 +27,7 @@ def enlarge(maps, side):
 def code_map(tokenizer, s, side):
     """Codes s (n, h, w) as images: a code's colour is its place on the codebook's first three
     principal axes."""
-    codes = tokenizer.quantizer.vectors().detach()
+    codes = tokenizer.quantizer.codebook_vectors().detach()
     torch.manual_seed(0)
     axes = torch.pca_lowrank(codes, 3, niter=10)[2]
     colours = (codes - codes.mean(0)) @ axes  # (K, 3)

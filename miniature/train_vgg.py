@@ -2,10 +2,10 @@
 
     python miniature/train_vgg.py --data birds --image_size 64
 
-Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --features`. It learns the classes, or
-the kinds of all parts of `shapes`, one softmax per part. Inputs are blurred, faded, noisy and, with
---attack, adversarially perturbed, so that networks of different seeds agree on reconstructions. It
-runs in one process.
+Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --feature_net`. It learns the classes,
+or the kinds of all parts of `shapes`, one softmax per part. Inputs are blurred, faded, noisy and,
+with --fgsm_eps, adversarially perturbed, so that networks of different seeds agree on
+reconstructions. It runs in one process.
 """
 import argparse
 import sys
@@ -30,7 +30,7 @@ def parse():
     parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
                         default=[16, 32, 64, 96, 128],
                         help="width of each stage")
-    parser.add_argument("--attack", type=runtime.at_least(0, float), default=0.05,
+    parser.add_argument("--fgsm_eps", type=runtime.at_least(0, float), default=0.05,
                         help="FGSM epsilon (of [-1, 1]): each batch is learned a second time, "
                              "adversarially perturbed. Otherwise a decoder learns patterns that "
                              "only this network likes. 0: off, for classes with few images")
@@ -72,7 +72,7 @@ def validate(net, val, run, args, device):
     for batch, labels in data.until_unreadable(batches, run):
         with runtime.eval_mode(net, device, "fp32"):
             logits = net(data.to_float(batch, device), ("logit",))["logit"]
-        terms = cross_entropy(logits, labels.to(device), net.config["kinds"])
+        terms = cross_entropy(logits, labels.to(device), net.config["num_classes_per_head"])
         n += len(batch)
         loss, right = (total + len(batch) * term for total, term in zip((loss, right), terms))
     if run.error:
@@ -94,7 +94,7 @@ def measure_scale(net, batches, device):
             sums[i] = sums[i] + f.sum(0)
             squares[i] = squares[i] + f.square().sum(0)
     variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
-    net.scale.copy_(torch.stack(variance))
+    net.layer_scale.copy_(torch.stack(variance))
 
 
 def main():
@@ -124,7 +124,7 @@ def main():
     scale_batches = data.eval_loader(scale_images, 64, 0, device, 1024)
     averages = runtime.Averages()
 
-    micro_batches = list(islice(batches, args.accum))
+    micro_batches = list(islice(batches, args.grad_accum))
     for step in range(start, args.iters + 1):
         run.stop_if_requested(step)
         if run.validation_is_due(step):
@@ -141,21 +141,21 @@ def main():
         for a, (x, y) in enumerate(micro_batches):
             x, y = data.to_float(x, device), y.to(device, non_blocking=True)
             generator = torch.Generator().manual_seed(runtime.mix_seeds(args.seed, step, a))
-            batch.append((perturb(x, generator).requires_grad_(args.attack > 0), y))
-        for attacked in (False, True) if args.attack else (False,):
+            batch.append((perturb(x, generator).requires_grad_(args.fgsm_eps > 0), y))
+        for attacked in (False, True) if args.fgsm_eps else (False,):
             if attacked:  # FGSM; epsilon rises from 0
-                size = args.attack * step / args.iters
+                size = args.fgsm_eps * step / args.iters
                 batch = [((x + size * x.grad.sign()).detach(), y) for x, y in batch]
             for x, y in batch:
                 with runtime.autocast(device, args.dtype):
                     logits = net(x, ("logit",))["logit"]
                 loss, right = cross_entropy(logits, y, kinds, label_smoothing=0.1)
-                (loss / args.accum).backward()
+                (loss / args.grad_accum).backward()
                 averages.add(loss=loss, accuracy=right.mean())
             run.step([opt], runtime.cosine(step, args.iters, args.lr, 0))
         if run.due(step + 1, args.log_every):
             run.log(step + 1, "train", skipped=run.skipped, **averages.pop())
-        micro_batches = list(islice(batches, args.accum))
+        micro_batches = list(islice(batches, args.grad_accum))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 COMMON = ["--batch_size", 8, "--lr", 1e-3, "--workers", 0, "--log_every", 1, "--eval_every", 3,
           "--iters", 6, "--device", "cpu", "--data", "shapes"]
 TINY = [*COMMON, "--image_size", 16, "--channels", 16, 16, "--z_dim", 8, "--codebook_size", 16,
-        "--disc_channels", 8, 8, "--disc_ramp", 2]
+        "--disc_channels", 8, 8, "--disc_warmup", 2]
 PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
 
 
@@ -154,7 +154,7 @@ def vgg(tmp_path_factory):
     for _ in range(30):  # batch norm's statistics, so that its features are of order 1
         net(torch.randn(8, 3, 32, 32), losses.LAYERS)
     net.eval()
-    net.scale.copy_(torch.linspace(0.5, 1.0, 6))
+    net.layer_scale.copy_(torch.linspace(0.5, 1.0, 6))
     path = tmp_path_factory.mktemp("vgg") / "ckpt.pt"
     torch.save({"component": "vgg", "args": {}, "step": 0, "model": net.state_dict(),
                 "config": net.config, "classes": list(Shapes.classes)}, path)
@@ -185,7 +185,7 @@ def save_prior(path, tokenizer, **options):
     torch.manual_seed(0)
     classes = list(Shapes.classes)
     prior = Transformer(**dict(kind="ar", size="tiny", codebook_size=16, length=64,
-                               classes=len(classes)) | options)
+                               num_classes=len(classes)) | options)
     args = {"data": "shapes", "val": None, "image_size": 16}
     torch.save({"component": "prior", "args": args, "step": 3, "config": prior.config,
                 "model": prior.state_dict(), "grid": 8, "classes": classes,

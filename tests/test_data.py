@@ -37,7 +37,7 @@ def gather(batches):
 
 def stream(source, start=0, size=16, **options):
     """The training images of steps `start` to 5, and their labels."""
-    args = Namespace(**dict(batch_size=8, accum=1, iters=6, workers=0) | options)
+    args = Namespace(**dict(batch_size=8, grad_accum=1, iters=6, workers=0) | options)
     return gather(data.train_loader(TrainImages(source, size, "random", seed=3), args, start, CPU))
 
 
@@ -106,7 +106,8 @@ def test_the_content_hash_is_of_names_labels_and_pixels(photos):
         path = path.rename(photos / name)
         found.add(data.content_hash(Folder(photos)))
     found.add(data.content_hash(Folder(photos, classes=["dogs", "cats"])))  # other labels
-    assert len(found) == 6 and data.content_hash(data.Part(Folder(photos), range(4))) not in found
+    part = data.HoldOutSplit(Folder(photos), range(4))
+    assert len(found) == 6 and data.content_hash(part) not in found
 
 
 def test_one_image_in_twenty_is_held_out_by_its_name(many_photos):
@@ -290,14 +291,14 @@ def test_batches_are_a_function_of_seed_and_position(monkeypatch):
     assert not torch.equal(whole[0], TrainImages(Tiny(), 16, "random", seed=4)[0][0])
     order = TrainImages(Tiny(), 16, "random", seed=3)
     assert len({order.view(0, n)[0].numpy().tobytes() for n in range(20)}) == 2  # flipped or not
-    for options in (dict(workers=2), dict(accum=2), dict(start=4)):
+    for options in (dict(workers=2), dict(grad_accum=2), dict(start=4)):
         images = stream(Tiny(), iters=8, **options)[0]
         assert torch.equal(whole[-len(images):], images)
     monkeypatch.setattr(data.runtime, "world_size", lambda: 2)
     shares = []
     for rank in range(2):
         monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
-        shares.append(stream(Tiny(), iters=8, accum=2)[0].split(2))
+        shares.append(stream(Tiny(), iters=8, grad_accum=2)[0].split(2))
     assert torch.equal(whole, torch.cat([*itertools.chain(*zip(*shares))]))
 
     epochs = seen[:20], seen[20:40], seen[40:60]
@@ -363,8 +364,9 @@ def test_a_data_set_that_cannot_be_read_is_a_stop_request(workers, capsys):
     with pytest.raises(data.Unreadable, match="200"):
         data.load_readable(Broken(), 200, 8)
     with pytest.raises(data.Unreadable):
-        data.load_readable(data.Part(Broken(), range(3)), 0, 8)
-    args, run = Namespace(batch_size=4, accum=2, iters=2, workers=workers), Namespace(error="")
+        data.load_readable(data.HoldOutSplit(Broken(), range(3)), 0, 8)
+    args = Namespace(batch_size=4, grad_accum=2, iters=2, workers=workers)
+    run = Namespace(error="")
 
     def count(source):
         batches = iter(data.train_loader(TrainImages(source, 8, "random", 0), args, 0, CPU))
@@ -373,7 +375,7 @@ def test_a_data_set_that_cannot_be_read_is_a_stop_request(workers, capsys):
             batches._shutdown_workers()  # the garbage collector would take seconds
         return found
     assert count(Tiny()) == 4 and not run.error
-    assert count(data.Part(Broken(), range(3))) == 0
+    assert count(data.HoldOutSplit(Broken(), range(3))) == 0
     assert run.error.startswith("no image can be read") and "\n" not in run.error
 
 

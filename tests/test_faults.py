@@ -36,7 +36,7 @@ FORKS.set_forkserver_preload(["test_faults"])
 def words(vgg, tokenizer):
     """The command line of a run of each kind."""
     phase_1 = ["train_tokenizer", *TINY, "--vgg", vgg]
-    return {"phase 1": [*phase_1, "--vq_start", 3], "train_vgg": ["train_vgg", *VGG],
+    return {"phase 1": [*phase_1, "--vq_warmup", 3], "train_vgg": ["train_vgg", *VGG],
             "phase 2": [*phase_1, "--phase", 2, "--init", tokenizer],
             "kmeans": [*phase_1, "--quantizer", "kmeans"],
             "train_prior": ["train_prior", *PRIOR, "--kind", "nar", "--tokenizer", tokenizer]}
@@ -172,7 +172,8 @@ runtime.launch(main)
 def test_two_processes_compute_what_one_computes(script, vgg, tmp_path):
     """In both phases. Adam's first steps (g / |g|) amplify rounding, hence a small learning rate.
     Then an error in a data worker of one process ends both."""
-    runs = [["train_tokenizer", *TINY, "--vgg", vgg, "--gamma", 10, "--vq_start", 2, "--lr", 1e-5],
+    runs = [["train_tokenizer", *TINY, "--vgg", vgg, "--entropy_weight", 10, "--vq_warmup", 2,
+             "--lr", 1e-5],
             ["train_tokenizer", *COMMON, "--phase", 2, "--init", tmp_path / "one0/ckpt.pt",
              "--lr", 1e-5]]
     for i, words in enumerate(runs):
@@ -241,7 +242,7 @@ def test_all_scripts_without_float64_and_with_data_that_can_be_pickled(script, m
         script("sample", "--prior", "ar/best.pt", "--tokenizer", "two/ckpt.pt", "--count", 4,
                "--device", "cpu", "--out", "samples")
         script("fid", "--real", "shapes", "--image_size", 16, "--count", 20, "--workers", 0,
-               "--fake", "samples/samples.npz", "--features", "vgg/ckpt.pt", "--device", "cpu")
+               "--fake", "samples/samples.npz", "--feature_net", "vgg/ckpt.pt", "--device", "cpu")
 
 
 # ------------------------------------------------------------ bad data, numbers that are not finite
@@ -314,13 +315,13 @@ def test_a_mistake_is_one_sentence_before_any_work(words, refused, tokenizer, vg
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (width, 16)).save(tmp_path / name)
     words["sample"] = ["sample", "--tokenizer", tokenizer, "--prior", prior, "--device", "cpu"]
-    words["fid"] = ["fid", "--features", vgg, "--device", "cpu"]
+    words["fid"] = ["fid", "--feature_net", vgg, "--device", "cpu"]
     training = {"--data none": "none", "--data empty": "empty",
-                "--batch_size 7 --accum 2": "--batch_size 7 --accum 2"}
+                "--batch_size 7 --grad_accum 2": "--batch_size 7 --grad_accum 2"}
     for kind, mistakes in {  # what is typed, and words of the sentence
             "phase 1": training | {
                 "--alpha 1.5": "--alpha 1.5 [0, 1]", "--image_size 17": "--image_size 17 by 2",
-                "--vq_start 2 --quantizer kmeans": "--vq_start", "--vgg none.pt": "none.pt https://",
+                "--vq_warmup 2 --quantizer kmeans": "--vq_warmup", "--vgg none.pt": "none.pt https://",
                 "--vgg imagenet": "https:// --vgg", f"--vgg {tokenizer}": "train_vgg.py",
                 "--data shapes:clutter=2": "clutter [0, 1]", "--resume --out .": "ckpt.pt prior"},
             "phase 2": training | {
@@ -329,8 +330,8 @@ def test_a_mistake_is_one_sentence_before_any_work(words, refused, tokenizer, vg
                 "--z_dim 4": "tokenizer.pt architecture"},
             "train_prior": training | {
                 f"--tokenizer {vgg}": "ckpt.pt tokenizer.py", "--kind ar --lr_end 0": "--lr_end",
-                "--image_size 32": "--image_size 32 16", "--classes 3": "--classes 3 6",
-                "--classes 0 --label_dropout 0.1": "--label_dropout"},
+                "--image_size 32": "--image_size 32 16", "--num_classes 3": "--num_classes 3 6",
+                "--num_classes 0 --label_dropout 0.1": "--label_dropout"},
             "train_vgg": training | {
                 "--data flat --val flat": "flat classes", "--data one --val one": "one classes",
                 "--resume --out .": "ckpt.pt prior"},  # the run of another script

@@ -131,7 +131,7 @@ def test_features_equal_pytorch_fid(weights, monkeypatch):
 
 def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path, vgg):
     from pytorch_fid.fid_score import compute_statistics_of_path
-    flags = ("--features", vgg, "--image_size", 16)
+    flags = ("--feature_net", vgg, "--image_size", 16)
     ours, val, theirs = (tmp_path / f"{name}.npz" for name in ("ours", "val", "theirs"))
     run("shapes", *flags, "--save", ours)
     run("shapes", "--split", "val", *flags, "--save", val)
@@ -270,7 +270,7 @@ def test_rfid_usage_and_perplexity_equal_a_loops(tokenizer, tmp_path, monkeypatc
 
 def test_two_processes_find_what_one_finds(vgg, tokenizer, tmp_path):
     real = write_npz(tmp_path / "val.npz", drawings(25, seed=5, size=16))
-    flags = (real, "--tokenizer", tokenizer, "--features", vgg, "--batch_size", 9)
+    flags = (real, "--tokenizer", tokenizer, "--feature_net", vgg, "--batch_size", 9)
     one, path = run(*flags)[0], tmp_path / "two.json"
     done = launch(["fid.py", "--real", *flags, "--device", "cpu", "--json", path], processes=2)
     two = json.loads(path.read_text())
@@ -290,7 +290,7 @@ def test_a_small_vgg_gives_fd_and_accuracy_but_no_fid(vgg, tmp_path):
     assert len(labels.unique()) > 1
     labels[:10] = (labels[:10] + 1) % 6  # 10 of 40 samples miss their class
     fake = write_npz(tmp_path / "fake.npz", images, arr_1=labels.numpy())
-    found, out, _ = run("shapes", "--image_size", 32, "--fake", fake, "--features", vgg)
+    found, out, _ = run("shapes", "--image_size", 32, "--fake", fake, "--feature_net", vgg)
     assert found["accuracy"] == 0.75 and "accuracy 0.75" in out
     assert found["FD"] > 0 and not any(line.startswith(("FID", "IS")) for line in out)
 
@@ -307,19 +307,19 @@ def test_samples_are_mapped_where_they_can_be(vgg, tmp_path):
     for save, arrays, mapped in ((np.savez, fortran, False), (np.savez_compressed, first, False),
                                  (np.savez, first, True), (np.savez, last, True)):
         save(path, **arrays)
-        samples = data.Samples(str(path))
+        samples = data.NpzSamples(str(path))
         for i, (image, label) in enumerate(map(samples.load, range(6))):
             assert np.array_equal(image, array[i]) and label == i
         assert isinstance(samples.array(), np.memmap) == mapped
         assert not mapped or len(pickle.dumps(samples)) < 3000
     folder = write_pngs(tmp_path / "folder", images)  # the other folder is as sample.py leaves it
-    assert run(tmp_path, "--fake", folder, "--features", vgg)[0]["FD"] < 1e-6
+    assert run(tmp_path, "--fake", folder, "--feature_net", vgg)[0]["FD"] < 1e-6
     plain = data.open_source(write_npz(path, images))  # no labels
     assert plain.load(2)[1] == 0 and not plain.classes
     for wrong, more, word in ((images.float(), {}, "uint8"), (images[:, :1], {}, "uint8"),
                               (images, {"arr_1": labels / 2}, "arr_1.*float")):
         with pytest.raises(SystemExit, match=word):
-            data.Samples(write_npz(path, wrong, **more))
+            data.NpzSamples(write_npz(path, wrong, **more))
 
 
 def test_split_and_count(many_photos, tmp_path):
@@ -343,7 +343,7 @@ def test_reconstructions_of_the_training_data_are_of_its_held_out_part(vgg, tmp_
     for val, words, n in ((None, [], 7), (None, ["--split", "train"], 153), ("shapes", [], 160),
                           (None, ["--real", "shapes"], 60)):
         path = save_tokenizer(tmp_path / "ckpt.pt", data=str(many_photos), val=val)
-        found = run(many_photos, "--tokenizer", path, "--features", vgg, *words)[0]
+        found = run(many_photos, "--tokenizer", path, "--feature_net", vgg, *words)[0]
         assert found["n_fake"] == found["n_real"] == n
 
 
@@ -353,7 +353,7 @@ def test_statistics_of_other_features_are_rejected(refused, tf1, tmp_path, vgg):
     made = "weights 01234567, --resize none"
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), made=made)
     for path in (tf1.tmp / "a.npz", tmp_path / "other.npz"):  # the first is Inception's
-        assert str(path) in refused("fid", "--real", path, "--fake", "shapes", "--features", vgg)
+        assert str(path) in refused("fid", "--real", path, "--fake", "shapes", "--feature_net", vgg)
 
 
 def test_an_unreadable_image_is_an_error_that_names_it(refused, vgg, tmp_path):
@@ -361,14 +361,15 @@ def test_an_unreadable_image_is_an_error_that_names_it(refused, vgg, tmp_path):
     for path in (tmp_path / "b/0003.png", tmp_path / "b/0000.png"):
         path.write_bytes(path.read_bytes()[:100])
         for real, fake, workers in ((good, bad, 2), (bad, good, 0)):
-            assert path.name in refused("fid", "--real", real, "--fake", fake, "--features", vgg,
+            assert path.name in refused("fid", "--real", real, "--fake", fake, "--feature_net", vgg,
                                         "--device", "cpu", "--workers", workers)
 
 
 def test_a_missing_file_is_an_error_before_any_work(refused, vgg, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "compute_statistics", lambda *_: pytest.fail("work"))
-    good = {"--real": "shapes", "--image_size": 16, "--features": vgg}
+    good = {"--real": "shapes", "--image_size": 16, "--feature_net": vgg}
     for flag, name in (("--real", "folder"), ("--real", "s.npz"), ("--fake", "folder"),
-                       ("--fake", "s.npz"), ("--tokenizer", "ckpt.pt"), ("--features", "vgg.pt")):
+                       ("--fake", "s.npz"), ("--tokenizer", "ckpt.pt"),
+                       ("--feature_net", "vgg.pt")):
         flags = good | {flag: tmp_path / name}
         assert name in refused("fid", *[word for pair in flags.items() for word in pair])

@@ -68,8 +68,8 @@ def test_what_the_parts_explain_and_their_inception_score(monkeypatch):
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_losses_by_context(kind):
     """AR: their mean is the loss. NAR: the first one is the loss when all codes are masked."""
-    prior = Transformer(kind, "tiny", 16, 4, classes=3).eval()
-    torch.nn.init.normal_(prior.code.weight)
+    prior = Transformer(kind, "tiny", 16, 4, num_classes=3).eval()
+    torch.nn.init.normal_(prior.tok_emb.weight)
     s, labels = torch.randint(16, (5, 4)), torch.arange(5) % 3
     found = figures.losses_by_context(prior, s, labels)
     tokens = s if kind == "ar" else torch.full_like(s, prior.mask_id)
@@ -84,8 +84,8 @@ def test_ablation_rows_stand_beside_the_papers(tmp_path):
             (tmp_path / name / folder).mkdir(parents=True)
             rows = ((1, 0.1, 5.0), (2, 0.08, 4.5), (3, 0.07, 4.75))
             (tmp_path / name / folder / "metrics.jsonl").write_text("".join(
-                json.dumps({"step": step, "split": "val", "l1": l1, "loss": loss, "H": loss + 1})
-                + "\n" for step, l1, loss in rows))
+                json.dumps({"step": step, "split": "val", "l1": l1, "loss": loss,
+                            "unigram_entropy": loss + 1}) + "\n" for step, l1, loss in rows))
         (tmp_path / name / "phase1.json").write_text('{"FD": 2.5, "usage": 0.5}')
         (tmp_path / name / "ar1.json").write_text('{"FD": 12.5}')
     text = figures.ablation_tables([tmp_path])

@@ -13,7 +13,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import fid
 import losses
 import train_tokenizer
-from losses import LAYERS, LOW, SEM, VGG16, Discriminator, PerceptualLoss, load_vgg
+from losses import LAYERS, LOW_LAYERS, SEM_LAYERS, VGG16, Discriminator, PerceptualLoss, load_vgg
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def test_equation_4_and_table_6(vgg):
     net = load_vgg(vgg)
     torch.manual_seed(0)
     x, x_hat = torch.rand(2, 2, 3, 32, 32) * 2 - 1
-    scale, f, g = dict(zip(LAYERS, net.scale)), net(x_hat, LAYERS), net(x, LAYERS)
+    scale, f, g = dict(zip(LAYERS, net.layer_scale)), net(x_hat, LAYERS), net(x, LAYERS)
     term = {l: ((f[l] - g[l]).square().mean() / scale[l]).item() for l in LAYERS}
-    low, sem = (sum(term[l] for l in layers) for layers in (LOW, SEM))
+    low, sem = (sum(term[l] for l in layers) for layers in (LOW_LAYERS, SEM_LAYERS))
     for alpha in (0, 0.3, 1):
         loss, parts = PerceptualLoss(net, alpha)(x_hat, x)
         assert loss.item() == pytest.approx(alpha * sem + (1 - alpha) * low, rel=1e-5)
         assert {l: v.item() for l, v in parts.items()} == pytest.approx({l: term[l] for l in parts})
-    for layers in (LOW, LAYERS, LAYERS[1:], LAYERS[2:], LAYERS[3:], SEM, ("logit",)):
+    for layers in (LOW_LAYERS, LAYERS, LAYERS[1:], LAYERS[2:], LAYERS[3:], SEM_LAYERS, ("logit",)):
         loss, parts = PerceptualLoss(net, layers=layers)(x_hat, x)
         assert loss.item() == pytest.approx(sum(term[l] for l in layers), rel=1e-5)
         assert set(parts) == set(layers)
@@ -65,7 +65,8 @@ def test_only_the_layers_that_alpha_needs_are_computed(net, vgg):
              "small stage": small.stages[2], "small classifier": small.classifier}
     for name, part in parts.items():
         part.register_forward_hook(lambda *_, name=name: ran.add(name))
-    for alpha, layers, expected in ((0, LOW, {"stage"}), (1, SEM, {"stage", "classifier"}),
+    for alpha, layers, expected in ((0, LOW_LAYERS, {"stage"}),
+                                    (1, SEM_LAYERS, {"stage", "classifier"}),
                                     (0.5, LAYERS, {"stage", "classifier"})):
         assert set(PerceptualLoss(net, alpha).weights) == set(layers)
         ran.clear()
@@ -155,7 +156,7 @@ def test_blur_against_loops_and_the_skips_stride():
 
 def test_equalised_learning_rate():
     torch.manual_seed(0)
-    conv, linear = losses.EqualConv(8, 4, 3, padding=1), losses.EqualLinear(50, 3)
+    conv, linear = losses.EqualizedConv2d(8, 4, 3, padding=1), losses.EqualizedLinear(50, 3)
     assert conv.weight.std().item() == pytest.approx(1, abs=0.1)
     x, y = torch.randn(1, 8, 5, 5), torch.randn(2, 50)
     assert torch.allclose(conv(x), F.conv2d(x, conv.weight / math.sqrt(72), padding=1), atol=1e-6)

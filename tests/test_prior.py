@@ -60,8 +60,8 @@ def encoded(monkeypatch):
 
 def encode(folder, tokenizer, source, crop="random", views=2, size=16):
     args, model = Namespace(image_size=size, workers=0), vq.load_tokenizer(tokenizer)[0]
-    views = train_prior.Views(source, size, crop, views)
-    return train_prior.encode_dataset(folder, views, model, args, CPU)
+    views = train_prior.AugmentedViews(source, size, crop, views)
+    return train_prior.build_code_cache(folder, views, model, args, CPU)
 
 
 def read_cache(run, split):
@@ -131,8 +131,9 @@ def test_a_codebook_of_more_than_65535_codes(tokenizer, tmp_path):
     codebook = model.quantizer.codebook.data
     model.quantizer.codebook.data = torch.cat([codebook + 100] * 4374 + [codebook])
     model.quantizer.codebook_size = 70_000
-    args, views = Namespace(image_size=4, workers=0), train_prior.Views(Shapes(), 4, "center", 1)
-    codes = train_prior.encode_dataset(tmp_path / "a", views, model, args, CPU)["codes"]
+    args = Namespace(image_size=4, workers=0)
+    views = train_prior.AugmentedViews(Shapes(), 4, "center", 1)
+    codes = train_prior.build_code_cache(tmp_path / "a", views, model, args, CPU)["codes"]
     x = data.to_float(torch.stack([views[i][0] for i in range(32)]), CPU)  # as in the cache
     assert codes.min() >= 69_984 and np.array_equal(codes[:32], model.encode(x)[1].flatten(1))
 
@@ -167,7 +168,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(refused, script, tokenize
         assert "samples.npz: " in (sentence := refused(*words)) and "cannot write" in sentence
     assert not [*tmp_path.glob("samples/*")]
     script(*words)
-    assert len(data.Samples(str(tmp_path / "samples/samples.npz"))) == 32
+    assert len(data.NpzSamples(str(tmp_path / "samples/samples.npz"))) == 32
 
 
 # --------------------------------------------------------------------------------------- training
@@ -177,11 +178,11 @@ def test_a_step_is_the_mean_over_all_predicted_codes(kind):
     torch.manual_seed(0)
     model = Transformer(kind, "tiny", 16, 9, 5, dropout=0.0).train()
     s, labels, u = torch.randint(16, (8, 9)), torch.randint(5, (8,)), torch.rand(8, 11)
-    parts = [(s[i], *model.corrupt(s[i], labels[i], u[i])) for i in (slice(0, 4), slice(4, 8))]
+    parts = [(s[i], *model.make_inputs(s[i], labels[i], u[i])) for i in (slice(0, 4), slice(4, 8))]
     loss = train_prior.prior_step(model, parts, Namespace(dtype="fp32"))
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    tokens, labels, mask = model.corrupt(s, labels, u)
+    tokens, labels, mask = model.make_inputs(s, labels, u)
     log_p = model(tokens, labels).double().log_softmax(-1)
     picked = log_p.gather(-1, s[..., None])[..., 0]
     smoothed = 0.9 * picked + 0.1 * log_p.mean(-1)
@@ -214,7 +215,7 @@ def test_validation_equals_a_loop(train, tmp_path, kind, monkeypatch):
     u = torch.rand(70, 66, generator=torch.Generator().manual_seed(0))
     for i, (s, label) in enumerate(read_cache(run, "val")):
         s = torch.from_numpy(s.astype(int))
-        tokens, _, mask = model.corrupt(s[None], None, u[i:i + 1])
+        tokens, _, mask = model.make_inputs(s[None], None, u[i:i + 1])
         log_p = model(tokens, torch.tensor([label])).log_softmax(-1)[0]
         for j in range(64):
             known = sum(not mask[0, k] for k in range(64) if k != j) / 63
@@ -225,8 +226,8 @@ def test_validation_equals_a_loop(train, tmp_path, kind, monkeypatch):
     want = {name: np.mean(each) for name, each in losses.items()}
     codes = read_cache(run, "train")["codes"]
     p = np.unique(codes, return_counts=True)[1] / codes.size
-    want["H"] = -(p * np.log(p)).sum()
-    want["H_minus_loss"] = want["H"] - want["loss"]
+    want["unigram_entropy"] = -(p * np.log(p)).sum()
+    want["entropy_minus_loss"] = want["unigram_entropy"] - want["loss"]
     assert len(want) == 5
     assert {name: best[name] for name in want} == pytest.approx(want, abs=2e-5)
     rates = [learning_rate(step, Namespace(**state["args"])) for step in range(6)]
@@ -278,16 +279,17 @@ def test_best_and_validated_survive_a_resume(train, script, refused, tokenizer, 
 
 def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, encoded):
     state = train("--data", many_photos, "--iters", 1, out="photos")  # a part is held out
-    assert state["classes"] == ["cats", "dogs"] and state["config"]["classes"] == 2
+    assert state["classes"] == ["cats", "dogs"] and state["config"]["num_classes"] == 2
     torch.manual_seed(0)
-    before = Transformer("ar", "tiny", 16, 64, C, null_class=True).prefix.weight
-    after = train("--label_dropout", 1, "--iters", 1)["model"]["prefix.weight"]
+    before = Transformer("ar", "tiny", 16, 64, C, null_class=True).cls_emb.weight
+    after = train("--label_dropout", 1, "--iters", 1)["model"]["cls_emb.weight"]
     assert (after != before).any(1).tolist() == [False] * C + [True]  # no class is seen
     encoded.clear()
     for classes, kind in ((0, "ar"), (C, "nar")):
-        state = train("--codes", tmp_path / "prior/codes", "--classes", classes, "--kind", kind,
+        state = train("--code_cache", tmp_path / "prior/codes", "--num_classes", classes,
+                      "--kind", kind,
                       "--seed", 1, "--iters", 1, out=kind)
-        assert state["config"]["classes"] == classes and state["config"]["kind"] == kind
+        assert state["config"]["num_classes"] == classes and state["config"]["kind"] == kind
     assert not encoded  # seeds and kinds share the codes
 
 
@@ -318,12 +320,12 @@ def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch
     monkeypatch.setattr(Shapes, "SIZES", {"train": 80, "val": 140})
     words = ["--kind", "nar", "--dropout", 0, "--lr", 1e-4, "--label_dropout", 0.3]
     draw = ["sample", "--prior", tmp_path / "two/ckpt.pt", "--tokenizer", tokenizer, "--count", 10,
-            "--steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
+            "--decode_steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
     two = ["train_prior", *PRIOR, "--tokenizer", tokenizer, *words, "--out", tmp_path / "two"]
     runs = [[*map(str, run)] for run in (two, [*draw, tmp_path / "s2"])]
     (tmp_path / "two.py").write_text(TWO)
     launch([tmp_path / "two.py", json.dumps([sys.path, runs, str(tmp_path)])], 2)
-    train(*words, "--accum", 2, out="one")
+    train(*words, "--grad_accum", 2, out="one")
     for split, rows in (("train", 160), ("val", 140)):
         one, two = (read_cache(tmp_path / run, split) for run in ("one", "two"))
         assert len(one) == rows and one.tobytes() == two.tobytes()
@@ -343,11 +345,11 @@ def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch
 # --------------------------------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("kind, options", [
-    ("ar", dict(top_k=9, top_p=0.9)), ("nar", dict(steps=3, choice_temperature=1.0))])
+    ("ar", dict(top_k=9, top_p=0.9)), ("nar", dict(decode_steps=3, choice_temperature=1.0))])
 def test_samples_are_whole_batches_decoded(script, tokenizer, phase_2, tmp_path, kind, options):
     """Samples 8 and 9 are the first two of a batch of four. Phase 2 decodes the same codes."""
     path = save_prior(tmp_path / "prior.pt", tokenizer, kind=kind, null_class=True)
-    options |= dict(temperature=0.8, cfg=1.0)
+    options |= dict(temperature=0.8, cfg_scale=2.0)
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     prior, codes = load_prior(path)[0], []
     for first in (0, 4, 8):
@@ -385,20 +387,21 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     assert str(tmp_path / "a") in refused("sample", *words, "--out", tmp_path / "a")
     script("sample", *words, "--count", 3, "--out", tmp_path / "d")
     assert np.load(tmp_path / "d/samples.npz")["arr_1"].tolist() == [0, 2, 5]  # evenly spaced
-    save_prior(prior, tokenizer, classes=0)
+    save_prior(prior, tokenizer, num_classes=0)
     script("sample", *words, "--count", 3, "--out", tmp_path / "e")
     assert np.load(tmp_path / "e/samples.npz").files == ["arr_0"]  # no labels
 
 
 @pytest.mark.parametrize("kind, name, values, others", [
-    ("ar", "top_p", (0.92, 0.98), ("steps", "choice_temperature")),
+    ("ar", "top_p", (0.92, 0.98), ("decode_steps", "choice_temperature")),
     ("nar", "choice_temperature", (0.45, 0.65), ("top_p", "top_k"))])
 def test_sampling_defaults_are_table_10s(monkeypatch, kind, name, values, others):
     def options(classes, *words):
         monkeypatch.setattr(sys, "argv", ["sample.py", *words])
         prior = Transformer(kind, "tiny", 16, 4, classes)
         return sample.decoding_options(sample.parse(), prior)
-    more = {"ar": {"top_k": 0}, "nar": {"steps": 12}}[kind] | {"temperature": 1, "cfg": 0}
+    more = {"ar": {"top_k": 0}, "nar": {"decode_steps": 12}}[kind]
+    more |= {"temperature": 1, "cfg_scale": 1}
     assert options(10) == more | {name: values[0]} and options(0) == more | {name: values[1]}
     assert options(0, f"--{name}", "0.5")[name] == 0.5
     for other in others:
@@ -414,11 +417,11 @@ def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, r
     assert "other.pt" in refused(*view, f"{prior}:{other}")
     nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
     assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
-    assert "--label_dropout" in refused(*words, "--cfg", 1)
-    for flag in ("count", "steps", "batch_size", "temperature", "top_p"):
+    assert "--label_dropout" in refused(*words, "--cfg_scale", 2)
+    for flag in ("count", "decode_steps", "batch_size", "temperature", "top_p"):
         assert f"--{flag}" in refused(*words, f"--{flag}", 0)
     assert "nearest names: cone" in refused(*words, "--labels", "cones")
-    bare = save_prior(tmp_path / "bare.pt", tokenizer, classes=0)
+    bare = save_prior(tmp_path / "bare.pt", tokenizer, num_classes=0)
     assert "without classes" in refused(*words, "--prior", bare, "--labels", 1)
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     assert "one process" in refused(*words, "--noise", "shapes")

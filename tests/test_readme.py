@@ -58,7 +58,7 @@ def test_the_loss_in_five_lines_runs(vgg):
     names = {"x": x, "model": model, "disc": losses.Discriminator(16, (8, 8)), "tokens": tokens,
              "perceptual": losses.PerceptualLoss(losses.load_vgg(vgg)), "labels": None,
              "generator_loss": losses.generator_loss, "mask": tokens >= 0,
-             "prior": Transformer("nar", "tiny", 16, 64, classes=0)}
+             "prior": Transformer("nar", "tiny", 16, 64, num_classes=0)}
     code = next(block for block in FENCE.findall(README) if "x_hat" in block)
     code = code.replace("indices, mask", "indices.flatten(1), mask")
     exec(code, names)
@@ -149,7 +149,7 @@ def test_patches_of_the_fork_guide(tmp_path, vgg, many_photos, tokenizer, photos
         for path in sorted(many_photos.rglob("*.png"))))
     train = ["train_tokenizer", *SMALL, *SHORT, "--data", f"list:{many_photos}/list.txt"]
     complete = ["sample", "--complete", photos, "--count", 3, "--tokenizer", tokenizer, "--prior",
-                save_prior(tmp_path / "nar.pt", tokenizer, kind="nar", classes=2),
+                save_prior(tmp_path / "nar.pt", tokenizer, kind="nar", num_classes=2),
                 "--device", "cpu", "--out", tmp_path, "--box"]
     runs = [[*train, "--quantizer", "fsq", "--codebook_size", 64, "--vgg", vgg],
             ["train_tokenizer", "--phase", 2, *SHORT], ["train_prior", "--size", "tiny", *SHORT],
@@ -183,7 +183,7 @@ def test_the_blocks_run(block, script, vgg, many_photos, tmp_path, monkeypatch):
     Path("imagenet").mkdir()
     for part in ("train", "val"):
         Path("imagenet", part).symlink_to(tmp_path / "photos")
-    short = {"train_tokenizer": ["--codebook_size", 16, "--disc_ramp", 1, *SMALL, *SHORT],
+    short = {"train_tokenizer": ["--codebook_size", 16, "--disc_warmup", 1, *SMALL, *SHORT],
              "train_prior": ["--size", "tiny", "--views", 1, *SHORT], "data": ["--workers", 0],
              "train_vgg": ["--widths", *"44444", *SHORT], "sample": ["--count", 12]}
     names = []

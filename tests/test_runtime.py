@@ -156,7 +156,7 @@ def test_progress_lines_show_rate_and_time_left(monkeypatch, capsys):
 
 def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_path, capsys,
                                                                 monkeypatch):
-    one = run("--lr", 0.5, "--crop", "center", "--accum", 2, "--resume")
+    one = run("--lr", 0.5, "--crop", "center", "--grad_accum", 2, "--resume")
     one.args.gone = 3  # a flag that the script no longer has
     del one.args.seed  # one that it did not have yet
     one.save(3)
@@ -166,12 +166,12 @@ def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_pat
     capsys.readouterr()
     assert vars(flags("--resume")) == vars(one.args) | {"seed": 0}
     assert capsys.readouterr().out == ""
-    args = flags("--resume", "--iters", 20, "--lr", 0.25, "--accum", 2)
-    assert (args.iters, args.lr, args.accum, args.crop) == (20, 0.25, 2, "center")
+    args = flags("--resume", "--iters", 20, "--lr", 0.25, "--grad_accum", 2)
+    assert (args.iters, args.lr, args.grad_accum, args.crop) == (20, 0.25, 2, "center")
     iters, lr = capsys.readouterr().out.splitlines()
     assert re.search("--iters.* 10.* 20", iters) and re.search("--lr.* 0.5.* 0.25", lr)
     args = flags("--resume", "--out", tmp_path / "none", "--lr", 0.5)  # a new run
-    assert (args.lr, args.accum) == (0.5, 1)
+    assert (args.lr, args.grad_accum) == (0.5, 1)
     (tmp_path / "run").rename(tmp_path / "moved")  # resumes where it is, not where it was
     args = flags("--resume", "--out", tmp_path / "moved")
     assert (args.lr, args.out) == (0.5, str(tmp_path / "moved"))
@@ -194,7 +194,7 @@ def test_a_closed_terminal_does_not_end_a_run(monkeypatch):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_is_read_and_explained(name, script, monkeypatch, tmp_path, capsys):
-    tables = *sample.DEFAULTS.values(), train_tokenizer.ARCHITECTURE  # read by getattr
+    tables = *sample.DEFAULTS.values(), train_tokenizer.ARCH_FLAGS  # read by getattr
     read = {flag for table in tables for flag in table}
     for path in (SCRIPTS[name], ROOT / "runtime.py", ROOT / "data.py"):
         text = path.read_text()
@@ -215,17 +215,19 @@ def test_every_flag_is_read_and_explained(name, script, monkeypatch, tmp_path, c
     assert name != "train_tokenizer" or "--lr 5e-05" in flags["phase"]
 
 
-ZERO, MINUS = "iters batch_size accum log_every eval_every image_size", "seed workers"
+ZERO, MINUS = "iters batch_size grad_accum log_every eval_every image_size", "seed workers"
 
 
 @pytest.mark.parametrize("name, zero, negative, others", [
     ("train_tokenizer", f"{ZERO} lr z_dim codebook_size channels",
-     f"{MINUS} attention extra_blocks lr_end r1 beta gamma adv_weight l1_weight perceptual_weight "
-     "vq_start disc_ramp", "--lr=nan --lr=inf --beta=nan --iters=1.5 --iters=x --phase=3 --iter=9"),
-    ("train_prior", f"{ZERO} views", f"{MINUS} classes dropout label_dropout decay_start lr_end",
-     "--lr_end=inf --kind=gpt"), ("train_vgg", ZERO, f"{MINUS} attack", ""),
-    ("sample", "count batch_size temperature top_p steps sigma",
-     f"{MINUS} cfg top_k choice_temperature", ""), ("fid", "count batch_size", "workers", ""),
+     f"{MINUS} attention extra_blocks lr_end r1_weight commitment_weight entropy_weight "
+     "adv_weight l1_weight perceptual_weight vq_warmup disc_warmup",
+     "--lr=nan --lr=inf --commitment_weight=nan --iters=1.5 --iters=x --phase=3 --iter=9"),
+    ("train_prior", f"{ZERO} views",
+     f"{MINUS} num_classes dropout label_dropout decay_start lr_end",
+     "--lr_end=inf --kind=gpt"), ("train_vgg", ZERO, f"{MINUS} fgsm_eps", ""),
+    ("sample", "count batch_size temperature top_p decode_steps sigma",
+     f"{MINUS} cfg_scale top_k choice_temperature", ""), ("fid", "count batch_size", "workers", ""),
     ("data", "count image_size", "workers", "")])
 def test_values_of_the_wrong_kind_are_rejected_by_name(name, zero, negative, others, refused):
     words = [f"--{flag}=0" for flag in zero.split()] + others.split()

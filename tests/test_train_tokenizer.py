@@ -44,7 +44,7 @@ def test_the_tokenizers_loss_is_eq_2(vgg, phase):
     networks = train_tokenizer.Networks(model, disc, perceptual)
     x, quantized = torch.rand(12, 3, 16, 16) * 2 - 1, phase in (1, 2)
     args = Namespace(phase=2 if phase == 2 else 1, dtype="fp32", l1_weight=0.5, adv_weight=0.4,
-                     perceptual_weight=2.0, disc_ramp=40, vq_start=30 if quantized else 31)
+                     perceptual_weight=2.0, disc_warmup=40, vq_warmup=30 if quantized else 31)
     ours, x_hat, terms = train_tokenizer.tokenizer_loss(networks, x, 30, args)
     z = model.encoder(x).permute(0, 2, 3, 1)
     z = z.detach() if phase == 2 else z
@@ -55,7 +55,7 @@ def test_the_tokenizers_loss_is_eq_2(vgg, phase):
     y = model.decoder((z + quantized * (z_q - z).detach()).permute(0, 3, 1, 2))
     net = perceptual.net
     per = [(a - b).square().mean() / scale for a, b, scale in zip(
-        net(y, losses.LAYERS).values(), net(x, losses.LAYERS).values(), net.scale)]
+        net(y, losses.LAYERS).values(), net(x, losses.LAYERS).values(), net.layer_scale)]
     per = 0.25 * (per[4] + per[5]) + 0.75 * sum(per[:5])  # the last two are relu5_3 and the logits
     theirs = 0.5 * (x - y).abs().mean() + 2 * per - 0.3 * disc(y).sigmoid().log().mean()
     if phase == 1:
@@ -68,9 +68,9 @@ def test_the_tokenizers_loss_is_eq_2(vgg, phase):
 
 
 def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
-    """With --accum as without, but for the entropy term. R1 takes eight images at a time."""
-    words = ["--iters", 1, "--batch_size", 12, "--disc_ramp", 0]
-    states = {accum: train(*words, "--gamma", 0, "--accum", accum, out=accum)
+    """With --grad_accum as without, but for the entropy term. R1 takes eight images at a time."""
+    words = ["--iters", 1, "--batch_size", 12, "--disc_warmup", 0]
+    states = {accum: train(*words, "--entropy_weight", 0, "--grad_accum", accum, out=accum)
               for accum in ("1", "3")}
     args = Namespace(**states["1"]["args"])
     model, disc = train_tokenizer.build_models(args, CPU)
@@ -90,7 +90,8 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
             for (key, before), each in zip(net.named_parameters(), opt):
                 g = each["exp_avg"] * 10
                 assert torch.allclose(state[name][key], before - 1e-3 * g / (g.abs() + 1e-8))
-    one, three = (train(*words, "--gamma", 1, "--accum", accum, out=f"gamma{accum}")["opt"]["state"]
+    one, three = (train(*words, "--entropy_weight", 1, "--grad_accum", accum,
+                        out=f"gamma{accum}")["opt"]["state"]
                   for accum in (1, 3))
     assert not close(*([each["exp_avg"] for each in state.values()] for state in (one, three)))
 
@@ -104,8 +105,8 @@ def test_codes_begin_at_kmeans_after_steps_without_quantization(train, monkeypat
         z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
         begun.append(torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed=0)))
     monkeypatch.setattr(train_tokenizer, "init_codebook", watch)
-    train("--vq_start", 4)
-    terms = ["H" in line for line in lines(tmp_path / "run", "train")]
+    train("--vq_warmup", 4)
+    terms = ["soft_entropy" in line for line in lines(tmp_path / "run", "train")]
     assert begun == [True] and terms == [False] * 4 + [True] * 2
 
 
@@ -126,7 +127,7 @@ def test_what_a_run_logs_and_saves(train, tmp_path, capsys, monkeypatch):
     assert images == {f"000000{step}.png" for step in (0, 3, 6)}
     assert "warning: only" in capsys.readouterr().out  # of the codes
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 1})  # with one image not all can be
-    train("--codebook_size", 640, "--vq_start", 2, "--iters", 3, "--eval_every", 9, out="many")
+    train("--codebook_size", 640, "--vq_warmup", 2, "--iters", 3, "--eval_every", 9, out="many")
     assert lines(tmp_path / "many", "val")[-1]["usage"] <= 0.1
     assert lines(tmp_path / "many", "train")[-1]["code_deviation"] > 0
     state = train("--adv_weight", 0, "--iters", 1, out="none")
@@ -139,7 +140,7 @@ def test_recomputed_activations_change_only_memory(train):
     def pack(tensor):
         kept[-1] += tensor.nbytes
         return tensor
-    for more in ([], ["--recompute"]):
+    for more in ([], ["--grad_checkpointing"]):
         states.append(train("--iters", 3, *more, out=str(more)))
         model, _ = train_tokenizer.build_models(Namespace(**states[-1]["args"]), CPU)
         kept.append(0)
@@ -213,7 +214,8 @@ def test_reconstructions_are_of_the_whole_set(tokenizer, tmp_path, monkeypatch, 
 def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, tmp_path,
                                                    monkeypatch, attention, quantizer):
     monkeypatch.setattr(vq.KMeans, "EVERY", 1)
-    one = train("--data", many_photos, "--crop", "center", "--attention", attention, "--beta", 0.3,
+    one = train("--data", many_photos, "--crop", "center", "--attention", attention,
+                "--commitment_weight", 0.3,
                 "--l1_weight", 0.7, "--quantizer", quantizer, "--iters", 2)
     assert ("quantizer.passes" in one["model"]) == (quantizer == "kmeans")
     phase_1, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
@@ -236,7 +238,7 @@ def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, t
     two, found = load(tmp_path / "two/ckpt.pt"), lines(tmp_path / "two", "train")
     assert begun == [True, True] and two["opt_disc"]["state"][0]["step"] == 2  # Adam starts afresh
     assert two["config"] == one["config"] | {"attention": attention or 1}
-    for name in {*train_tokenizer.INHERITED} - {"attention"}:
+    for name in {*train_tokenizer.INHERITED_FLAGS} - {"attention"}:
         assert two["args"][name] == one["args"][name], name
     assert two["args"]["data"] == str(many_photos) and two["args"]["alpha"] == 0
     assert {(line["lr"], line["adv_weight"]) for line in found} == {(5e-5, 0.1)}
@@ -250,14 +252,14 @@ def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(
         train, script, refused, many_photos, tmp_path, capsys):
     one = train("--iters", 2, "--perceptual_weight", 0.5, "--data", many_photos)
     path, moved = tmp_path / "run/ckpt.pt", many_photos.rename(tmp_path / "moved")
-    del one["args"]["recompute"]  # as if it were a fork's new flag
+    del one["args"]["grad_checkpointing"]  # as if it were a fork's new flag
     torch.save(one, path)
     resume = ["train_tokenizer", "--resume", "--out", tmp_path / "run", "--data", moved]
     assert str(path) in refused(*resume, "--z_dim", 16)
     script(*resume, "--iters", 5)
     two, text = load(path), capsys.readouterr().out
     assert "--iters was 2, now 5" in text and "has changed" not in text and two["step"] == 5
-    flags = {"iters": 5, "resume": True, "recompute": False, "data": str(moved)}
+    flags = {"iters": 5, "resume": True, "grad_checkpointing": False, "data": str(moved)}
     assert two["args"] == one["args"] | flags and two["config"] == one["config"]
     rates = [line["lr"] for line in lines(tmp_path / "run", "train")][2:]
     assert rates == pytest.approx([runtime.cosine(n, 5, 1e-3, 5e-4) for n in (2, 3, 4)], rel=1e-5)
@@ -277,9 +279,9 @@ def test_the_small_vgg_and_its_scale(script, tmp_path):
     net = losses.load_vgg(tmp_path / "run/ckpt.pt")
     images = data.EvalImages(Shapes("train"), 16)
     x = data.to_float(torch.stack([images[i][0] for i in range(60)]), CPU)
-    for features, scale in zip(net(x, losses.LAYERS).values(), net.scale):
+    for features, scale in zip(net(x, losses.LAYERS).values(), net.layer_scale):
         assert features.var(0, correction=0).mean().item() == pytest.approx(scale.item(), rel=1e-4)
-    source, kinds, right = Shapes("val"), net.config["kinds"], []
+    source, kinds, right = Shapes("val"), net.config["num_classes_per_head"], []
     source.fine = True
     for i in range(12):  # every softmax is right or wrong
         x = data.to_float(data.EvalImages(source, 16)[i][0][None], CPU)
@@ -294,8 +296,8 @@ def test_the_small_vgg_learns_classes_of_photographs(script, photos, tmp_path, m
     forward, seen = losses.SmallVGG.forward, []
     monkeypatch.setattr(losses.SmallVGG, "forward", lambda net, x, layers:
                         seen.append(net.training) or forward(net, x, layers))
-    script("train_vgg", *VGG, "--attack", attack, "--data", photos, "--val", photos,
+    script("train_vgg", *VGG, "--fgsm_eps", attack, "--data", photos, "--val", photos,
            "--out", tmp_path / "run")
     state = load(tmp_path / "run/ckpt.pt")
     assert sum(seen) == passes * state["step"]
-    assert state["config"]["kinds"] == [2] and state["classes"] == ["cats", "dogs"]
+    assert state["config"]["num_classes_per_head"] == [2] and state["classes"] == ["cats", "dogs"]

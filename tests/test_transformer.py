@@ -10,7 +10,7 @@ from conftest import same
 from scipy import stats
 
 import transformer
-from transformer import Transformer, draw_mask, maskgit, sample
+from transformer import Transformer, maskgit, sample, sample_mask
 
 
 @pytest.fixture(autouse=True)
@@ -19,10 +19,10 @@ def small(monkeypatch):  # in another order than the others: sizes are read by n
     monkeypatch.setitem(transformer.SIZES, "world", {"blocks": 2, "heads": 4, "width": 64})
 
 
-def build(kind, K=13, N=9, classes=5, size="test", **options):
-    """A model in eval mode, its weights far from their initialisation: every part matters."""
+def build(kind, K=13, N=9, num_classes=5, size="test", **options):
+    """A model in eval mode. Its weights are far from the initialization: every part matters."""
     torch.manual_seed(0)
-    model = Transformer(kind, size, K, N, classes, **options).eval()
+    model = Transformer(kind, size, K, N, num_classes, **options).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -31,7 +31,7 @@ def build(kind, K=13, N=9, classes=5, size="test", **options):
 
 def codes(model, batch):
     g = torch.Generator().manual_seed(1)
-    labels = torch.randint(model.classes, (batch,), generator=g) if model.classes else None
+    labels = torch.randint(model.num_classes, (batch,), generator=g) if model.num_classes else None
     return torch.randint(model.codebook_size, (batch, model.length), generator=g), labels
 
 
@@ -52,16 +52,16 @@ def test_parameter_counts_are_the_papers_and_printed(capsys):
 
 def test_mask_and_null_class_are_rows_of_their_own_and_the_head_is_tied():
     ar, nar, null = build("ar"), build("nar"), build("nar", null_class=True)
-    assert len(ar.code.weight) == 13 and len(nar.code.weight) == 14 and nar.mask_id == 13
-    assert len(nar.prefix.weight) == 5 and len(null.prefix.weight) == 6
+    assert len(ar.tok_emb.weight) == 13 and len(nar.tok_emb.weight) == 14 and nar.mask_id == 13
+    assert len(nar.cls_emb.weight) == 5 and len(null.cls_emb.weight) == 6
     s, labels = codes(nar, 3)
     before = nar(s, labels)
-    nar.code.weight.data[13] += 1  # no code is masked, and the mask is no answer
+    nar.tok_emb.weight.data[13] += 1  # no code is masked, and the mask is no answer
     assert torch.equal(nar(s, labels), before)
     assert not torch.allclose(nar(s.masked_fill(s == s[0, 0], 13), labels), before)
     s[s == 4] = 0
     before = ar(s, labels)
-    ar.code.weight.data[4] += 1  # a code that is not read changes only its own logit
+    ar.tok_emb.weight.data[4] += 1  # a code that is not read changes only its own logit
     assert (ar(s, labels) != before).any(0).any(0).nonzero().flatten().tolist() == [4]
 
 
@@ -80,22 +80,22 @@ def test_what_a_position_sees_and_which_code_it_predicts(kind):
     for j in range(9 - ar):  # what is left predicts a code from one embedding: AR s_(i-1), NAR s_i
         assert moves(model, s, labels, j) == [i == j + ar for i in range(9)]
     with pytest.raises(ValueError, match="labels"):
-        build(kind, classes=0)(s, labels)
+        build(kind, num_classes=0)(s, labels)
 
 
 @pytest.mark.parametrize("mode, classes", [("fp32", 0), ("fp32", 5), ("autocast", 5), ("bf16", 5)])
 def test_cache_equals_the_full_forward(mode, classes):
-    model = build("ar", N=16, classes=classes)
+    model = build("ar", N=16, num_classes=classes)
     s, labels = codes(model, 3)
     exact = model(s, labels)
     if mode == "bf16":
         model.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         full = model(s, labels)
-        cache, x, rows = model.new_cache(3), model._prefix(labels, 3), []
+        cache, x, rows = model.new_cache(3), model._class_embedding(labels, 3), []
         for i in range(16):
-            rows.append(model.decode_slot(x, torch.tensor([i]), cache))
-            x = model.code(s[:, i])[:, None]
+            rows.append(model.decode_position(x, torch.tensor([i]), cache))
+            x = model.tok_emb(s[:, i])[:, None]
     assert full.dtype == rows[0].dtype == torch.float32
     if mode == "autocast":  # and the logits are computed in fp32
         assert (full != full.bfloat16()).float().mean() > 0.9
@@ -108,7 +108,7 @@ def test_cache_equals_the_full_forward(mode, classes):
 def test_step_is_one_graph_for_all_positions_without_a_device_sync():
     model, seen = build("ar"), []
     torch._dynamo.reset()
-    step = torch.compile(model.decode_slot, fullgraph=True, dynamic=False,
+    step = torch.compile(model.decode_position, fullgraph=True, dynamic=False,
                          backend=lambda graph, inputs: seen.append(graph.code) or graph.forward)
     cache, slots, x = model.new_cache(2), torch.arange(9), torch.randn(2, 1, 32)
     with torch.no_grad():
@@ -156,21 +156,21 @@ def test_loss_against_a_formula_by_hand():
 def test_masks_follow_the_cosine_and_are_never_empty():
     N, n = 16, 20000
     u = torch.rand(n, N + 1, generator=torch.Generator().manual_seed(0))
-    mask = draw_mask(u[:, 0], u[:, 1:])
+    mask = sample_mask(u[:, 0], u[:, 1:])
     # P(ceil(N cos(pi r / 2)) <= m) = 1 - (2 / pi) arccos(m / N)
     cdf = 1 - 2 / math.pi * np.arccos(np.arange(N + 1) / N)
     seen = np.bincount(mask.sum(1).numpy(), minlength=N + 1)
     assert seen[0] == 0 and stats.chisquare(seen[1:], n * np.diff(cdf)).pvalue > 1e-3
     fraction = mask.float().mean(0)
     assert (fraction / fraction.mean() - 1).abs().max() < 0.03  # no position is preferred
-    assert draw_mask(torch.tensor([0.0, 1 - 2**-24]), u[:2, 1:]).sum(1).tolist() == [N, 1]
+    assert sample_mask(torch.tensor([0.0, 1 - 2**-24]), u[:2, 1:]).sum(1).tolist() == [N, 1]
 
 
 def test_corruption_masks_codes_and_drops_labels_row_by_row():
-    model, n = build("nar", classes=2, null_class=True), 4000
+    model, n = build("nar", num_classes=2, null_class=True), 4000
     u = torch.rand(n, 11, generator=torch.Generator().manual_seed(0))
     s, labels = codes(model, n)
-    whole = tokens, dropped, mask = model.corrupt(s, labels, u, label_dropout=0.1)
+    whole = tokens, dropped, mask = model.make_inputs(s, labels, u, label_dropout=0.1)
     assert torch.equal(tokens, s.masked_fill(mask, 13)) and mask.any(1).all() and not mask.all()
     null = dropped == 2
     assert torch.equal(dropped[~null], labels[~null])
@@ -178,10 +178,10 @@ def test_corruption_masks_codes_and_drops_labels_row_by_row():
     sizes = mask.sum(1)  # the same whether the label is dropped or not
     assert stats.ks_2samp(sizes[null], sizes[~null]).pvalue > 1e-3
     for rows in (slice(0, 5), slice(5, 6), slice(6, None, 7)):  # any split gives the same
-        part = model.corrupt(s[rows], labels[rows], u[rows], 0.1)
+        part = model.make_inputs(s[rows], labels[rows], u[rows], 0.1)
         assert all(torch.equal(a, b[rows]) for a, b in zip(part, whole))
-    assert torch.equal(model.corrupt(s, labels, u)[1], labels)  # off by default
-    assert same(build("ar").corrupt(s, labels, u), (s, labels, torch.ones_like(mask)))
+    assert torch.equal(model.make_inputs(s, labels, u)[1], labels)  # off by default
+    assert same(build("ar").make_inputs(s, labels, u), (s, labels, torch.ones_like(mask)))
 
 
 # ---------------------------------------------------------------- samplers
@@ -230,19 +230,19 @@ def test_a_code_of_zero_probability_is_never_sampled(monkeypatch):
         assert set(sample(logits).tolist()) == set(allowed)
 
 
-@pytest.mark.parametrize("cfg", [0.0, 1.5])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
 @pytest.mark.parametrize("kind", ["ar", "nar"])
-def test_generate_equals_a_slow_reference(kind, cfg):
+def test_generate_equals_a_slow_reference(kind, cfg_scale):
     """AR: the whole prefix for every code. NAR: `maskgit` from all masked."""
     model = build(kind, null_class=True)
     labels, null = torch.tensor([1, 4, 2]), torch.full((3,), 5)
     torch.manual_seed(3)
-    got = model.generate(3, labels, temperature=0.8, top_k=9, top_p=0.9, cfg=cfg, steps=5,
-                         choice_temperature=2.0)
+    got = model.generate(3, labels, temperature=0.8, top_k=9, top_p=0.9, cfg_scale=cfg_scale,
+                         decode_steps=5, choice_temperature=2.0)
     torch.manual_seed(3)
 
     def guided(s):
-        return (1 + cfg) * model(s, labels) - cfg * model(s, null)
+        return cfg_scale * model(s, labels) - (cfg_scale - 1) * model(s, null)
     with torch.no_grad():
         want = torch.full((3, 9), 13 * (kind == "nar"))
         if kind == "nar":
@@ -292,7 +292,7 @@ def slow_maskgit(tokens, logits_fn, uniforms, mask_id, temperature, choice_tempe
 
 @pytest.mark.parametrize("T, temperature, choice", [(6, 1.0, 0.45), (16, 0.7, 4.5), (3, 1.0, 0.0)])
 def test_maskgit_equals_a_slow_reference(T, temperature, choice):
-    model = build("nar", K=11, N=16, classes=0)
+    model = build("nar", K=11, N=16, num_classes=0)
     start = torch.full((5, 16), 11)
     start[3, ::3] = start[4] = 2  # some codes of the last two are known, or all
     torch.manual_seed(T)
@@ -351,7 +351,7 @@ def train(kind, world, steps):
 
     def loss(n):
         c, s = world.draw(n)
-        tokens, labels, mask = model.corrupt(s, c if classes else None, torch.rand(n, N + 2))
+        tokens, labels, mask = model.make_inputs(s, c if classes else None, torch.rand(n, N + 2))
         total, count = model.loss(model(tokens, labels), s, mask)
         return total / count, c.numpy(), s.numpy(), mask.numpy()
 

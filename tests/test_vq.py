@@ -56,11 +56,11 @@ def test_components_stand_alone_and_do_what_their_docstrings_show():
         assert found["loss"].shape == found["loss_d"].shape == ()
         assert set(found["layers"]) == {"relu5_3", "logit"}
     for kind in ("ar", "nar"):
-        model = transformer.Transformer(kind, "tiny", 16, 4, classes=3)
+        model = transformer.Transformer(kind, "tiny", 16, 4, num_classes=3)
         found = after_docstring(transformer, 3, model=model, labels=torch.tensor([0, 2]),
                                 indices=torch.zeros(2, 4).long())
         assert found["total"] > 0 and 2 <= found["count"] <= 8
-        assert model.eval().generate(64, torch.arange(64) % 3, steps=4).shape == (64, 4)
+        assert model.eval().generate(64, torch.arange(64) % 3, decode_steps=4).shape == (64, 4)
 
 
 def test_loaders_reject_other_files_and_run_no_code(tmp_path, vgg, tokenizer, prior, monkeypatch):
@@ -188,8 +188,9 @@ def test_entropy_term_against_a_loop_and_its_sign():
     usage = [sum(column) / len(soft) for column in zip(*soft)]
     H = -sum(u * math.log(u) for u in usage)
     terms = q(z.requires_grad_())[2]
-    assert terms["H"].item() == pytest.approx(H, rel=1e-5)
-    assert all(g.any() for g in torch.autograd.grad(terms["H"], (z, q.codebook), retain_graph=True))
+    assert terms["soft_entropy"].item() == pytest.approx(H, rel=1e-5)
+    grads = torch.autograd.grad(terms["soft_entropy"], (z, q.codebook), retain_graph=True)
+    assert all(g.any() for g in grads)
     rest = terms["vq"] - terms["codebook"] - 0.25 * terms["commitment"]
     assert rest.item() == pytest.approx(0.01 * (math.log(5) - H), rel=1e-3)
 
@@ -201,7 +202,8 @@ def test_all_quantizers_keep_the_contract(name):
     z_q, indices, terms = q(z.requires_grad_())
     assert z_q.shape == z.shape and indices.shape == (2, 4, 4) and len(indices.unique()) > 4
     assert torch.allclose(q.embed(indices), z_q, atol=1e-5)
-    total = terms["codebook"] + 0.5 * terms["commitment"] + 0.25 * (math.log(32) - terms["H"])
+    entropy = 0.25 * (math.log(32) - terms["soft_entropy"])
+    total = terms["codebook"] + 0.5 * terms["commitment"] + entropy
     assert terms["vq"].item() == pytest.approx(total.item(), rel=1e-5)
     for value, moves_codes in ((z_q.square().sum(), False), (terms["vq"], True)):
         grads = torch.autograd.grad(value, (z, q.codebook), retain_graph=True, allow_unused=True)
@@ -235,7 +237,7 @@ def test_two_processes_compute_the_entropy_term_of_one(name, monkeypatch):
     """Each sees one of two images. Values are equal, gradients after averaging them."""
     q, z = spread_codes(name)
     q(z)  # at the first pass K-means replaces the codes
-    H = q(z.requires_grad_())[2]["H"]
+    H = q(z.requires_grad_())[2]["soft_entropy"]
     wanted, usages = torch.autograd.grad(H, (z, q.codebook)), []
 
     def all_reduce(usage):  # the first round shows what the other process has in the second one
@@ -243,7 +245,7 @@ def test_two_processes_compute_the_entropy_term_of_one(name, monkeypatch):
         usage += usages[len(usages) % 2] if len(usages) > 2 else 0
     processes(monkeypatch, all_reduce=all_reduce)
     for _ in range(2):
-        parts = [q(part)[2]["H"] for part in z.split(1)]
+        parts = [q(part)[2]["soft_entropy"] for part in z.split(1)]
     for part in parts:
         assert part.item() == pytest.approx(H.item(), rel=1e-5)
     grads = (torch.autograd.grad(part, (z, q.codebook)) for part in parts)
@@ -255,14 +257,15 @@ def test_two_processes_compute_the_entropy_term_of_one(name, monkeypatch):
 
 def test_factorized_codes_and_features_lie_on_the_sphere():
     q, z = spread_codes("factorized", K=64, z_dim=16)
-    assert q.vectors().shape == (64, 32)
-    assert torch.allclose(q.vectors().norm(dim=1), torch.ones(64), atol=1e-6)
+    assert q.codebook_vectors().shape == (64, 32)
+    assert torch.allclose(q.codebook_vectors().norm(dim=1), torch.ones(64), atol=1e-6)
     rows = F.normalize(q.down(z.permute(0, 2, 3, 1).flatten(0, 2)), dim=1)
     z_q, indices, terms = q(z)
-    assert torch.equal(indices.flatten(), (rows @ q.vectors().T).argmax(1))  # cosine similarity
-    mse = F.mse_loss(rows, q.vectors()[indices.flatten()]).item()
+    cosine_similarity = rows @ q.codebook_vectors().T
+    assert torch.equal(indices.flatten(), cosine_similarity.argmax(1))
+    mse = F.mse_loss(rows, q.codebook_vectors()[indices.flatten()]).item()
     assert terms["codebook"].item() == pytest.approx(mse, rel=1e-5) == terms["commitment"].item()
-    assert torch.allclose(z_q, q.up(q.vectors()[indices]).permute(0, 3, 1, 2), atol=1e-5)
+    assert torch.allclose(z_q, q.up(q.codebook_vectors()[indices]).permute(0, 3, 1, 2), atol=1e-5)
 
 
 def test_kmeans_finds_clusters():
@@ -271,7 +274,7 @@ def test_kmeans_finds_clusters():
     points = centres.repeat_interleave(50, 0) + 0.01 * torch.randn(150, 4)
     points = torch.cat([points, torch.full((5, 4), math.nan)])[torch.randperm(155)]
     errors = [torch.cdist(kmeans(points, 3, seed), centres).min(0).values for seed in range(20)]
-    assert min(map(max, errors)) < 0.1  # at least one of several initialisations finds all three
+    assert min(map(max, errors)) < 0.1  # at least one of several initializations finds all three
     assert torch.equal(kmeans(points, 3, seed=1), kmeans(points, 3, seed=1))
     few = points[:6]
     many = kmeans(few, 8, seed=0)  # codes without a point are put on random points
