@@ -1,8 +1,8 @@
-"""Small weights to draw with, from one alpha of a run of demo.sh, in half precision.
+"""Export small weights for sampling from one alpha of a run of demo.sh, in half precision.
 
     python miniature/export.py demo/alpha1     # tokenizer.pt, ar.pt, nar.pt in miniature/weights
 
-The tokenizer is phase 2's. Its fingerprint is that of the rounded weights, and the priors get it.
+The tokenizer is that of phase 2. Rounding changes its fingerprint, so the priors store the new one.
 """
 import argparse
 import sys
@@ -16,15 +16,18 @@ import vq  # noqa: E402
 from losses import sha256  # noqa: E402
 
 KEPT = ("component", "step", "torch", "config", "grid", "classes", "tokenizer")
-PATHS = ("out", "init", "vgg", "tokenizer", "code_cache")  # flags that name files nobody else has
+PATHS = ("out", "init", "vgg", "tokenizer", "code_cache")  # flags that name files of this machine
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", help="folder of one alpha")
-    parser.add_argument("--out", default="miniature/weights", help="where the weights go")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of one alpha, with phase2/, ar/ and nar/")
+    parser.add_argument("--out", default="miniature/weights",
+                        help="output folder; default: miniature/weights")
     args = parser.parse_args()
     out, sums = Path(args.out), ""
+    out.mkdir(parents=True, exist_ok=True)
     files = {"tokenizer": "phase2/ckpt.pt", "ar": "ar/best.pt", "nar": "nar/best.pt"}
     for name, path in files.items():
         state = torch.load(Path(args.run) / path, map_location="cpu", weights_only=True)

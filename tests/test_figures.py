@@ -1,4 +1,4 @@
-"""figures.py on numbers with a known verdict, and demo.sh: its stages in small, without claims."""
+"""figures.py on numbers with a known verdict, and the stages of demo.sh at a tiny size."""
 import json
 import os
 import signal
@@ -7,23 +7,24 @@ import sys
 import time
 
 import figures
+import numpy as np
 import pytest
 import torch
 import tour
-from conftest import ROOT, environment, load
+from conftest import COMMON, PRIOR, ROOT, TINY, environment, load
 from PIL import Image
 
 import vq
-from miniature.shapes import Shapes
+from miniature.shapes import KINDS, Shapes
 from transformer import Transformer
 
 
-def seeds(*pairs, name="l1"):
-    """Runs in which all numbers are 1, but `name` at alpha 0 and alpha 1: one pair per seed."""
+def seeds(*pairs, key="l1"):
+    """Runs in which every number is 1, except `key` at alpha 0 and alpha 1: one pair per seed."""
     keys = {row[0] for row in figures.ROWS} | {
-        row[0] + end for row in (*figures.PHASES, *figures.METHOD) for end in ("", "_2")}
-    blank = dict.fromkeys(keys, 1.0) | {"same_codes": True, "explained": 10.0}
-    return [{0.0: blank | {name: low}, 1.0: blank | {name: high}} for low, high in pairs]
+        key + suffix for key in (*figures.PHASES, *figures.METHOD) for suffix in ("", "_2")}
+    ones = dict.fromkeys(keys, 1.0) | {"same_codes": True, "priors": 2}
+    return [{0.0: ones | {key: low}, 1.0: ones | {key: high}} for low, high in pairs]
 
 
 def test_verdicts_need_all_seeds_and_three_of_them():
@@ -32,78 +33,169 @@ def test_verdicts_need_all_seeds_and_three_of_them():
     assert figures.verdict([1, 2, 3], [2, 3, 2], "higher") == "inconclusive"
     assert figures.verdict([1, 2, 3], [1, 2, 3], "lower") == "inconclusive"  # equal is neither
     assert figures.verdict([1, 2], [2, 3], "higher") == "2 of 2: inconclusive"
-    assert figures.verdict([1, 2, 3], [2, 3, 4], "higher", apart=1.1) == "inconclusive"
+    assert figures.verdict([1, 2, 3], [2, 3, 4], "higher", noise=1.1) == "inconclusive"
     assert figures.verdict([1], [2], "") == ""
 
 
-def test_the_tables_hold_means_spreads_verdicts_and_conditions():
-    text = figures.tables(seeds((0.05, 0.1), (0.06, 0.12), (0.07, 0.14))).splitlines()
+def test_the_tables_have_means_spreads_verdicts_and_conditions():
+    text = figures.tables(seeds((0.05, 0.1), (0.06, 0.12), (0.07, 0.14)))
+    lines = text.splitlines()
     assert any(line.startswith("| L1 of") and line.endswith(
-        "| 0.060 ± 0.010 | 0.120 ± 0.020 | higher | reproduced |") for line in text)
+        "| 0.060 ± 0.010 | 0.120 ± 0.020 | higher | reproduced |") for line in lines)
     assert any(line.startswith("| L1 of") and line.endswith(
-        "| 1 | 0.120 ± 0.020 | 1.000 ± 0.000 | lower | opposite |") for line in text)
-    runs = seeds((5.0, 2.5), (2.0, 4.0), name="ratio")
+        "| 1 | 0.120 ± 0.020 | 1.000 ± 0.000 | lower | opposite |") for line in lines)
+    runs = seeds((5.0, 2.5), (2.0, 4.0), key="fd_ratio")
     runs[0][1.0]["same_codes"] = False
-    runs[1][1.0] |= {"sem": 0.5, "explained": 16.0, "nar_context": 0.5}
+    runs[1][1.0] |= {"L_sem": 0.5, "nar_context": 0.5}
     text = figures.tables(runs)
-    assert "CHANGED" in text
+    assert "CHANGED" in text and "difference between two priors" in text
     held = [line.split(": ")[-1] for line in text.splitlines() if line.startswith("- condition")]
-    assert held == [f"{n} of 2 seed(s)" for n in (1, 0, 1, 0, 1, 1)]
+    assert held == [f"{n} of 2 seed(s)" for n in (1, 0, 1, 0, 1)]
+    for results in runs:
+        results[0.0]["priors"] = results[1.0]["priors"] = 1
+    assert "difference between two priors" not in figures.tables(runs)
 
 
-def test_what_the_parts_explain_and_their_inception_score(monkeypatch):
+def test_the_parts_explain_the_less_of_the_pixels_the_more_clutter_there_is(monkeypatch):
+    """shapes.py names the fractions of the variance that a linear regression explains."""
     monkeypatch.setattr(Shapes, "SIZES", {"val": 400})
-    explained = [figures.explained(f"shapes:clutter={c}", 16, 300, 100) for c in (0, 0.5, 1)]
+    explained = []
+    for clutter in (0, 0.5, 1):
+        flags = {"data": f"shapes:clutter={clutter}", "image_size": 16}
+        x, parts = figures.held_out(flags)
+        x, one_hot = x.flatten(1), map(torch.nn.functional.one_hot, parts.T, KINDS)
+        inputs = torch.cat([*one_hot, torch.ones(400, 1)], 1).float()
+        weights = torch.linalg.lstsq(inputs[:300], x[:300], driver="gelsd").solution
+        error = (x[300:] - inputs[300:] @ weights).square().sum()
+        explained.append(1 - error / (x[300:] - x[:300].mean(0)).square().sum())
     assert 1 > explained[0] > 0.6 > explained[1] > explained[2] > 0
-    kinds = torch.tensor([6, 6, 6, 6, 6, 6, 6])
 
+
+def test_the_inception_score_over_the_parts():
     def network(x, layers):  # classifies the first part by the first pixel, the others not at all
-        logits = torch.zeros(len(x), int(kinds.sum()))
+        logits = torch.zeros(len(x), sum(KINDS))
         logits[range(len(x)), ((x[:, 0, 0, 0] + 1) * 127.5).round().long()] = 100
         return {"logit": logits}
     images = torch.arange(6, dtype=torch.uint8).repeat(50).view(-1, 1, 1, 1).expand(-1, 4, 4, 3)
-    assert figures.score(images.numpy(), network) == pytest.approx((6 + 6 * 1) / 7, rel=1e-3)
+    score = figures.inception_score(images.numpy(), network)
+    assert score == pytest.approx((6 + 6 * 1) / 7, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_losses_by_context(kind):
-    """AR: their mean is the loss. NAR: the first one is the loss when all codes are masked."""
+    """AR: their mean is the loss. NAR: the first one is the loss if all codes are masked."""
     prior = Transformer(kind, "tiny", 16, 4, num_classes=3).eval()
     torch.nn.init.normal_(prior.tok_emb.weight)
     s, labels = torch.randint(16, (5, 4)), torch.arange(5) % 3
-    found = figures.losses_by_context(prior, s, labels)
+    by_context = figures.losses_by_context(prior, s, labels)
     tokens = s if kind == "ar" else torch.full_like(s, prior.mask_id)
     total, count = prior.loss(prior(tokens, labels), s, torch.ones_like(s))
-    loss = sum(found) / 4 if kind == "ar" else found[0]
-    assert len(found) == 4 and loss == pytest.approx((total / count).item(), rel=1e-5)
+    loss = sum(by_context) / 4 if kind == "ar" else by_context[0]
+    assert len(by_context) == 4 and loss == pytest.approx((total / count).item(), rel=1e-5)
+
+
+def log(folder, *lines):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_ablation_rows_stand_beside_the_papers(tmp_path):
     for name in ("entropy", "plain"):
-        for folder in ("phase1", "ar"):
-            (tmp_path / name / folder).mkdir(parents=True)
-            rows = ((1, 0.1, 5.0), (2, 0.08, 4.5), (3, 0.07, 4.75))
-            (tmp_path / name / folder / "metrics.jsonl").write_text("".join(
-                json.dumps({"step": step, "split": "val", "l1": l1, "loss": loss,
-                            "unigram_entropy": loss + 1}) + "\n" for step, l1, loss in rows))
+        for run in ("phase1", "ar"):
+            log(tmp_path / name / run, *(
+                {"step": step, "split": "val", "l1": l1, "loss": loss, "unigram_entropy": loss + 1}
+                for step, l1, loss in ((1, 0.1, 5.0), (2, 0.08, 4.5), (3, 0.07, 4.75))))
         (tmp_path / name / "phase1.json").write_text('{"FD": 2.5, "usage": 0.5}')
         (tmp_path / name / "ar1.json").write_text('{"FD": 12.5}')
     text = figures.ablation_tables([tmp_path])
-    found = "0.070 | 2.50 | 50.0 | 4.50 (5.50) | 12.50"
-    assert f"| entropy | {found} | 3.45 | 16.97 |" in text
-    assert f"| no regularisation | {found} | 4.07 | 17.19 |" in text
+    numbers = "0.070 | 2.50 | 50.0 | 4.50 (5.50) | 12.50"
+    assert f"| entropy | {numbers} | 3.45 | 16.97 |" in text
+    assert f"| no regularization | {numbers} | 4.07 | 17.19 |" in text
     assert "K-means" not in text  # was not run
     text = figures.ablation_tables([tmp_path, tmp_path])  # two seeds
     assert "| entropy | 0.070, 0.070 | 2.50, 2.50 | 50.0, 50.0 | 4.50 (5.50), 4.50 (5.50)" in text
 
 
+def test_clutter_compares_runs_that_have_only_ar_priors(tmp_path, script, vgg, monkeypatch):
+    """A seed without the second prior, and one with it: its value is the mean of both."""
+    monkeypatch.setattr(figures, "inception_score", lambda images, network: images.mean().item())
+    losses = {(0.5, 0): (4.5, 4.0), (0.5, 1): (4.75, 4.5), (0, 1): (3.0, 3.5)}  # alpha 0, alpha 1
+    for (clutter, seed), pair in losses.items():
+        run = tmp_path / f"{clutter} {seed}"
+        for name in ("start", "classifier"):
+            (run / name).mkdir(parents=True)
+        torch.save({"args": {"data": f"shapes:clutter={clutter}", "seed": seed}},
+                   run / "start/ckpt.pt")
+        (run / "classifier/ckpt.pt").write_bytes(vgg.read_bytes())
+        for alpha, loss in enumerate(pair):
+            folder = run / f"alpha{alpha}"
+            for i, prior in enumerate(["ar", "ar_second"] if seed == 1 else ["ar"]):
+                log(folder / prior, {"step": 1, "split": "val", "loss": loss + i / 4,
+                                     "unigram_entropy": 5.0 + alpha})
+                for phase in (1, 2):
+                    (folder / f"{prior}{phase}").mkdir()
+                    np.savez(folder / f"{prior}{phase}/samples.npz", np.full((2, 4, 4, 3), phase))
+                    (folder / f"{prior}{phase}.json").write_text(
+                        json.dumps({"FD": (loss + i) / phase, "accuracy": 0.5}))
+    script("figures", "--clutter", *sorted(tmp_path.glob("*.5 *")), tmp_path / "0 1", "--out",
+           tmp_path / "out")
+    rows = (tmp_path / "out/clutter.md").read_text().splitlines()[2:]
+    assert len(rows) == 2 * 5 and all(row.startswith("| 0 (1) |") for row in rows[:5])
+    row, = (row for row in rows if "| 0.5 (0, 1) | AR: validation loss" in row)
+    assert row.endswith("| 4.688 ± 0.265 | 4.312 ± 0.442 | -0.500, -0.250 |")
+    row, = (row for row in rows if "| 0.5 (0, 1) | AR: improvement" in row)
+    assert row.endswith("| 0.312 ± 0.265 | 1.688 ± 0.442 | +1.500, +1.250 |")
+    row, = (row for row in rows if "| 0 (1) | FD of AR samples, phase 2" in row)
+    assert row.endswith("| 1.75 | 2.00 | +0.25 |")
+    measured = json.loads((tmp_path / "out/clutter.json").read_text())
+    assert [(run["clutter"], run["seed"]) for run in measured] == [(0, 1), (0.5, 0), (0.5, 1)]
+    assert measured[1]["alphas"]["1.0"]["ar_score_2"] == 2
+    if figures.pyplot:
+        assert (tmp_path / "out/clutter.png").exists()
+
+
+def test_training_curves_are_drawn_by_unit(script, vgg, tokenizer, tmp_path, monkeypatch):
+    """The tokenizer's loss and entropy are not on the axes of the prior's."""
+    pytest.importorskip("matplotlib")
+    saved = []
+    monkeypatch.setattr(figures, "save_plot", lambda figure, path: saved.append(figure))
+    runs = [tmp_path / name for name in ("tok", "prior", "classifier")]
+    script("train_tokenizer", *TINY, "--vgg", vgg, "--out", runs[0])
+    script("train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", runs[1])
+    script("train_vgg", *COMMON, "--image_size", 16, "--widths", *"44444", "--out", runs[2])
+    with open(runs[0] / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, "split": "val", "L_low": 0.5, "L_sem": 0.25}) + "\n")
+    script("figures", "--curves", *runs)
+    axes = {axis.get_title(): axis for axis in saved[0].axes if axis.lines}
+
+    def labels(title):
+        return {line.get_label() for line in axes[title].lines}
+    assert labels("tokenizer: loss (Eq. 2)") == {f"{runs[0]} train"}
+    assert labels("prior: loss") == {f"{runs[1]} train", f"{runs[1]} val"}
+    assert labels("classifier: loss") == {f"{runs[2]} train", f"{runs[2]} val"}
+    assert labels("L_low (Eq. 4)") == labels("L_sem (Eq. 4)") == {f"{runs[0]} val"}
+    assert labels("entropy of the soft code usage") == {f"{runs[0]} train"}
+    assert labels("unigram entropy of the codes") == {f"{runs[1]} val"}
+    assert labels("discriminator") == {f"{runs[0]} train {key}_logit" for key in ("real", "fake")}
+    assert labels("loss with little and much context") == {
+        f"{runs[1]} val loss_{key}_context" for key in ("little", "much")}
+    assert axes["PSNR"].get_ylabel() == "dB"
+    line = axes["unigram entropy of the codes"].lines[0]
+    assert [*line.get_xdata()] == [0, 3, 6]
+
+
+def test_curves_of_a_folder_without_metrics_end_with_its_name(refused, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert str(tmp_path) in refused("figures", "--curves", tmp_path)
+
+
 def test_block_and_dilated_attention_connect_all_in_two_steps():
-    block, dilated = tour.attended(False), tour.attended(True)
+    block, dilated = tour.receptive_field(False), tour.receptive_field(True)
     assert block.sum() == dilated.sum() == 16 and (block & dilated).sum() == 1  # the query
     assert block[4:8, 8:12].all() and dilated[1::4, 1::4].all()
 
 
-# A `python` that only notes the stages of demo.sh. The stage $STOP waits for a signal.
+# A `python` that only logs the stages of demo.sh. The stage $STOP waits for a signal.
 NOTE = """#!/bin/bash
 case "$1" in -*) exec {python} "$@" ;; esac
 echo "$@" >> $LOG
@@ -114,7 +206,7 @@ sleep 99 > /dev/null 2>&1 & wait
 
 
 def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatch):
-    """Its stages run in this process."""
+    """The stages that it logged run in this process."""
     out, log, python = tmp_path / "demo", tmp_path / "log", tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text(NOTE.format(python=sys.executable))
@@ -142,7 +234,6 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
     text = process.communicate()[0]
     assert process.returncode == 0, text
     monkeypatch.setattr(figures, "HELD_OUT", 12)
-    monkeypatch.setattr(figures, "explained", lambda spec: 0.1)
     for words in map(str.split, log.read_text().splitlines()):
         name = words[0].split("/")[-1].removesuffix(".py")
         script(name, *words[1:], *["--device", "cpu"] * (name != "figures"))
@@ -154,13 +245,13 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
     assert "bitwise unchanged" in (out / "table.md").read_text()
     measured = json.loads((out / "table.json").read_text())[0]
     assert [*measured["alphas"]] == ["1.0"] and "DEMO_STEPS=4 " in measured["command"]
-    of_both, values = figures.gains(out)[1.0], measured["alphas"]["1.0"]
-    assert of_both == {name: values[name] for name, _, _ in figures.GAINS}
+    values, compared = measured["alphas"]["1.0"], figures.measure_clutter(out)
+    assert compared["clutter"] == 1 and compared["seed"] == 0
+    assert compared["alphas"][1.0].items() <= values.items() and values["priors"] == 2
     for name, rows in (("view", 4), ("method", 4), ("samples", 2), ("phases", 2)):
         with Image.open(out / f"{name}.png") as image:
             assert image.size == (170 + 10 * 100, rows * 100)
     weights = tmp_path / "weights"
-    weights.mkdir()
     script("export", out / "alpha1", "--out", weights)
     tokenizer = vq.load_tokenizer(weights / "tokenizer.pt")[0]
     assert vq.fingerprint(tokenizer) == load(weights / "ar.pt")["tokenizer"]
