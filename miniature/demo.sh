@@ -4,20 +4,20 @@
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
-#     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # plain drawings; 1 (default): any light and color, confetti
+#     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # no clutter; 1 (default): any light and color, confetti
 #     python miniature/figures.py demo demo1 demo2         # tables over several seeds
 #
-# Stop it whenever you like: the same command resumes. docs/miniature.md has the longer runs of its tables. Images are 32 x 32
-# (4 x 4 codes, f = 8), networks have about a million parameters. Each alpha uses one core: two processes with one thread each
-# are faster than one process with two.
+# You can stop it at any time: the same command resumes. docs/miniature.md lists the commands of its longer runs. Images are
+# 32 x 32 (4 x 4 codes, f = 8), networks have about a million parameters. Each alpha uses one core: two processes with one
+# thread each are faster than one process with two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
-steps=${DEMO_STEPS:-600}       # of the shared initial checkpoint; the other stages of the tokenizers follow it
-priors=${DEMO_PRIORS:-$((steps * 2))}  # of an AR prior; a NAR prior gets twice as many
-samples=${DEMO_SAMPLES:-1000}  # of each prior, and as many held-out images
-temperature=${DEMO_TEMPERATURE:-9}  # choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7
-cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # number of alphas at a time
+steps=${DEMO_STEPS:-600}               # of the shared initial checkpoint; the tokenizers' other stages take a fraction of it
+priors=${DEMO_PRIORS:-$((steps * 2))}  # steps of an AR prior; a NAR prior takes twice as many
+samples=${DEMO_SAMPLES:-1000}          # per prior; metrics of reconstructions use as many validation images
+temperature=${DEMO_TEMPERATURE:-9}     # choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7
+cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # so many alphas train at a time
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors DEMO_SAMPLES=$samples"
@@ -37,7 +37,7 @@ path.write_text(json.dumps({"command": command, "commit": commit, "processor": p
                             "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__}))
 END
 
-# --- each stage runs as a background job, so that signals reach it immediately; it saves, and the script ends
+# --- each stage runs as a background job, so that signals reach it immediately. It saves, and the script ends
 child=""
 stop() {
   trap '' INT TERM
@@ -50,7 +50,7 @@ run() { "$@" & child=$!; wait "$child"; child=""; }
 log() { printf '== %s\n' "$*"; }
 finished() { [ -e "$1" ]; }
 
-# --- flags that all training shares; networks as small as these gain nothing from torch.compile
+# --- flags of all training stages. Networks as small as these gain nothing from torch.compile
 data=shapes:clutter=$clutter
 common="--data $data --image_size 32 --workers 0 --no-compile --resume --log_every 100"
 tokenizer="$common --vgg $out/vgg/ckpt.pt --batch_size 16 --eval_every 250 --seed $seed"
@@ -64,13 +64,13 @@ prior="$common --size tiny --views 1 --batch_size 64 --lr 1e-3 --lr_end 1e-4 --d
 # The network of the loss, and an independent one for evaluation. Both learn to classify the parts of the monsters.
 classifier() { run python miniature/train_vgg.py $common --iters $((steps * 3 / 4)) --eval_every 250 --seed "$1" --out "$out/$2"; }
 
-# FD of samples to five times as many training images, in the independent network's features.
+# FD between samples and five times as many training images, in the features of the independent network.
 evaluate() { finished "$2" || run python fid.py --real "$out/train.npz" --fake "$1" --feature_net "$out/classifier/ckpt.pt" \
   --workers 0 --json "$2"; }
 
 job() {  # everything about one alpha
   local alpha=$1 folder=$out/alpha$1 phase kind name options
-  trap stop INT TERM  # a subshell forgets its traps
+  trap stop INT TERM  # a subshell does not inherit traps
   log "phase 1: from the shared initial checkpoint, Eq. 4 with alpha $alpha"
   run python train_tokenizer.py $tokenizer $weights --init "$out/start/ckpt.pt" --alpha "$alpha" --iters $((steps * 3 / 4)) \
     --lr 1e-3 --lr_end 1e-4 --out "$folder/phase1"
@@ -81,10 +81,10 @@ job() {  # everything about one alpha
     finished "$folder/phase$phase.json" || run python fid.py --real "$data" --split val --count "$samples" --workers 0 \
       --tokenizer "$folder/phase$phase/ckpt.pt" --feature_net "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
-  for name in ar ar_second nar; do  # one prior is no evidence: a second one with another seed
+  for name in ar ar_second nar; do  # the second AR prior has another seed and shows the noise between priors
     kind=${name%_second} iters=$priors
     [ $kind = ar ] || iters=$((priors * 2))
-    log "a $kind prior on phase 1's codes, which are phase 2's as well"
+    log "a $kind prior on phase 1's codes, which phase 2 shares"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --code_cache "$folder/codes" \
       --iters "$iters" --eval_every $((iters / 10)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"
     options="--prior $folder/$name/best.pt --count $samples --batch_size 100"

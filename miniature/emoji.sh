@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Emoji of four vendors instead of drawn pictures: the commands behind the table in docs/miniature.md, for one seed. Needs npm.
+# The miniature on emoji of four vendors, one seed: the commands behind the table in docs/miniature.md. Needs npm.
 #
-#     bash miniature/emoji.sh      # makes emoji/ and runs/
+#     bash miniature/emoji.sh      # writes emoji/, runs/ and samples-*/
 set -euo pipefail
 shopt -s nullglob
 for v in twitter google apple facebook; do
@@ -12,7 +12,7 @@ for v in twitter google apple facebook; do
     mkdir -p "emoji/${n^^}" && mv "$f" "emoji/${n^^}/$v.png"
   done
 done
-rm -r emoji/1F46[89]-200D-2764-200D-* emoji/1F9B[0-3]  # twice there, or parts of others
+rm -r emoji/1F46[89]-200D-2764-200D-* emoji/1F9B[0-3]  # duplicates, and parts of other emoji
 
 common="--data emoji --image_size 32 --crop resized --no-compile"
 for s in 1 2; do python miniature/train_vgg.py $common --fgsm_eps 0 --iters 6000 --seed $s --out runs/net$s; done
