@@ -1,12 +1,12 @@
-"""How fast is each stage, how near to what the machine can do, what is each optimization worth?
+"""Measure the time, throughput, utilization and memory of each stage on this machine.
 
-    python benchmarks/bench.py                       # the paper's sizes; on a CPU small ones
-    python benchmarks/bench.py --parts phase1 r1     # some parts only, in this order
+    python benchmarks/bench.py                       # the paper's sizes (on a CPU: small ones)
+    python benchmarks/bench.py --parts phase1 r1     # only these parts, in this order
     python benchmarks/bench.py --parts naive         # a phase-1 step without each optimization
 
-The steps are those of train_tokenizer.py and train_prior.py; weights, images and codes are random.
-TFLOP are counted by torch's FLOP counter (a multiply-add is 2). `share` is TFLOP/s over the rate of
-one large matrix product. With --json each figure is on disk as soon as it is known.
+The training steps are those of train_tokenizer.py and train_prior.py. Weights, images and codes
+are random. TFLOP are counted by torch's FLOP counter (a multiply-add is 2 FLOP). Utilization is
+TFLOP/s relative to those of one large matrix product. --json FILE is rewritten after each row.
 """
 import argparse
 import gc
@@ -32,21 +32,22 @@ import train_prior  # noqa: E402
 import train_tokenizer  # noqa: E402
 import transformer  # noqa: E402
 
-SIZES = {  # flags of train_tokenizer.py, and the priors
+SIZES = {  # flags of train_tokenizer.py, and sizes of the priors
     "paper": ("--image_size 256", ("base", "large")),
     "small": ("--image_size 64 --channels 32 48 64 96 --z_dim 64 --disc_channels 32 128",
               ("tiny",))}
 PARTS = ("phase1", "r1", "phase2", "priors", "sampling")
-# What the part `naive` switches off, one after the other.
+# The optimizations that the part `naive` switches off, one at a time.
 OFF = {"compile": "no torch.compile", "bf16": "fp32", "channels_last": "channels first",
-       "fused": "Adam tensor by tensor", "frozen": "gradients of VGG's and D's weights, too",
-       "layers": "all six VGG layers, of whatever weight", "lazy": "R1 at every step"}
+       "fused": "Adam without fused kernels", "frozen": "gradients of VGG's and D's weights",
+       "layers": "all six VGG layers, even of weight 0", "lazy": "R1 at every step"}
 
 
 # ----------------------------------------------------------------------------------- measuring
 
 def measure(call, device, seconds):
-    """Median seconds of a warm call(), and the peak of GPU memory meanwhile in GiB."""
+    """The median time of call() after warm-up in seconds, and the peak GPU memory in GiB (nan on
+    other devices). Repeats for at least `seconds`."""
     def run(n):
         begin = time.perf_counter()
         for _ in range(n):
@@ -57,7 +58,7 @@ def measure(call, device, seconds):
 
     gc.collect()
     run(1)
-    times, n = [], math.ceil(0.05 / run(1))  # short calls several at once: the queue stays full
+    times, n = [], math.ceil(0.05 / run(1))  # time several short calls at once: no idle GPU between
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     while len(times) < 3 or n * sum(times) < seconds:
@@ -67,9 +68,9 @@ def measure(call, device, seconds):
 
 
 def count_tflop(call):
-    """TFLOP of call(), run once, eagerly: the counter does not see into compiled graphs."""
+    """TFLOP of one eager call(). The counter does not see into compiled graphs."""
     counter = FlopCounterMode(display=False)
-    # Its tracker of modules, not needed here, fails where R1's autograd.grad ends at the images.
+    # The counter's module hooks are not needed, and fail in R1, whose gradient ends at the images.
     counter.mod_tracker._fw_pre_hook = counter.mod_tracker._fw_post_hook = lambda *_: None
     with torch.compiler.set_stance("force_eager"), counter:
         call()
@@ -77,7 +78,7 @@ def count_tflop(call):
 
 
 class Table:
-    """Prints a row for each figure, and keeps all in --json."""
+    """Prints a row per measurement, and writes all rows to --json."""
 
     def __init__(self, args, device):
         self.args, self.device, self.rows = args, device, []
@@ -87,45 +88,45 @@ class Table:
         card = torch.cuda.get_device_name() if device.type == "cuda" else device.type
         self.machine = f"{card}, {torch.get_num_threads()} threads, torch {torch.__version__}"
         print(f"{self.machine}; one large matrix product, {dtype}: {self.rate:.3f} TFLOP/s\n\n"
-              f"{'':46} {'ms':>9} {'images/s':>9} {'TFLOP/image':>12} {'share':>7} {'peak GiB':>9}")
+              f"{'':46} {'ms':>9} {'images/s':>9} {'TFLOP/image':>12} {'util.':>7} {'peak GiB':>9}")
 
     def row(self, name, seconds, peak, images, tflop=math.nan):
-        """tflop: of one image."""
-        share = tflop * images / seconds / self.rate
+        """seconds: for all images. tflop: for one image."""
+        utilization = tflop * images / seconds / self.rate
         self.rows.append(dict(name=name, ms=1000 * seconds, images_per_s=images / seconds,
-                              tflop_per_image=tflop, share=share, peak_gib=peak))
+                              tflop_per_image=tflop, utilization=utilization, peak_gib=peak))
         print(f"{name:46} {1000 * seconds:9.1f} {images / seconds:9.1f} {tflop:12.5f} "
-              f"{100 * share:5.1f} % {peak:9.2f}", flush=True)
+              f"{100 * utilization:5.1f} % {peak:9.2f}", flush=True)
         if self.args.json:
-            found = {"machine": self.machine, "matrix_tflops": self.rate, "rows": self.rows}
-            text = json.dumps(found, indent=1)
+            text = json.dumps({"machine": self.machine, "matrix_tflops": self.rate,
+                               "rows": self.rows}, indent=1)
             runtime.save_file(self.args.json, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------- what is measured
 
 def flags_of(args, *words):
-    """The flags of train_tokenizer.py at args.size, as its `parse` finds them."""
+    """What train_tokenizer.parse returns for the flags of args.size and `words`."""
     words = ["bench", "--out", "runs/none", *SIZES[args.size][0].split(), *map(str, words)]
     with mock.patch.object(sys, "argv", words):
         return train_tokenizer.parse()
 
 
 def compile_parts(*parts):
-    torch._dynamo.reset()  # after eight variants of the same code Dynamo would leave it eager
+    torch._dynamo.reset()  # Dynamo runs code eagerly after eight recompilations
     for part in parts:
         part.compile(dynamic=False)
 
 
 def step_of(opts):
-    """Run.step of a run that has no folder."""
+    """Run.step without a run folder."""
     run = runtime.Run.__new__(runtime.Run)
     run.skipped = run.skipped_in_a_row = 0
     run.step(opts, 1e-4)
 
 
 class Tokenizer:
-    """What train_tokenizer.py sets up before its loop, and its step. `off`: names of OFF."""
+    """The set-up and the training step of train_tokenizer.py. off: keys of OFF."""
 
     def __init__(self, args, device, phase=1, off=()):
         words = ["--phase", phase, "--init", "", "--dtype", "fp32" if "bf16" in off else "auto"]
@@ -153,7 +154,7 @@ class Tokenizer:
         self.images, self.device = images.pin_memory() if device.type == "cuda" else images, device
 
     def step(self, with_r1=False, images=None):
-        """A step as in train_tokenizer.py, with R1 or without."""
+        """One training step, with or without R1."""
         x = data.to_float(self.images if images is None else images, self.device)
         x, flags = x.contiguous(memory_format=self.memory), self.flags
         loss, x_hat, _ = train_tokenizer.tokenizer_loss(self.networks, x, flags.disc_warmup, flags)
@@ -169,11 +170,11 @@ class Tokenizer:
             self.perceptual.zero_grad()
 
     def report(self, table, name, seconds, count=True):
-        """A row: the mean over R1's period of sixteen steps. Returns its seconds."""
+        """Add a row with the mean over the period of R1, 16 steps. Returns the mean in seconds."""
         (plain, _), (full, peak) = (
             measure(partial(self.step, p), self.device, seconds) for p in (False, True))
         mean, tflop = plain + (full - plain) / train_tokenizer.R1_EVERY, math.nan
-        if count:  # of four images, which fit eagerly as well
+        if count:  # for four images, as the eager step needs more memory
             a, b = (count_tflop(partial(self.step, p, self.images[:4])) for p in (False, True))
             tflop = (a + (b - a) / train_tokenizer.R1_EVERY) / min(4, len(self.images))
         table.row(name, mean, peak, len(self.images), tflop)
@@ -181,30 +182,31 @@ class Tokenizer:
 
 
 def stock_r1(disc, x):
-    """R1 by PyTorch's own second derivative, to compare with."""
+    """R1 by PyTorch's double backward, for comparison."""
     x = x.detach().requires_grad_()
     grad, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
     return grad.square().sum((1, 2, 3)).mean()
 
 
 def r1(args, device, table):
-    """R1 of a batch: the directional derivative in groups of eight, and PyTorch's own."""
+    """R1 of a batch by directional derivatives, in groups of eight images as in training and all at
+    once, and by double backward."""
     flags = flags_of(args)
     disc = losses.Discriminator(flags.image_size, flags.disc_channels)
     disc.to(device, memory_format=torch.channels_last)
     x = torch.randn(args.batch_size, 3, flags.image_size, flags.image_size, device=device)
-    for name, penalty, parts in (("R1, directional derivative", losses.r1_penalty, 8),
+    for name, penalty, group in (("R1, directional derivative", losses.r1_penalty, 8),
                                  ("R1, the same, all images at once", losses.r1_penalty, len(x)),
-                                 ("R1, PyTorch's second derivative", stock_r1, len(x))):
-        def call(penalty=penalty, parts=parts):
+                                 ("R1, double backward", stock_r1, len(x))):
+        def call(penalty=penalty, group=group):
             with runtime.tf32():
-                for part in x.split(parts):
-                    penalty(disc, part).backward()
+                for images in x.split(group):
+                    penalty(disc, images).backward()
         table.row(name, *measure(call, device, args.seconds), len(x), count_tflop(call) / len(x))
 
 
 def priors(args, device, table, sample):
-    """A training step of each prior, or (sample) drawing a batch of codes."""
+    """A training step of each prior, or sampling of a batch of codes if sample=True."""
     flags, b, rng = flags_of(args), args.batch_size, np.random.default_rng(0)
     K, N = flags.codebook_size, (flags.image_size >> (len(flags.channels) - 1)) ** 2
     flags.num_classes = 1000
@@ -237,15 +239,15 @@ def priors(args, device, table, sample):
 
 
 def naive(args, device, table):
-    """A phase-1 step without each optimization in turn, without all of them, and with
-    --grad_checkpointing."""
+    """A phase-1 step without one optimization at a time, without all of them, and with
+    --grad_checkpointing. The line below a row is its time relative to the optimized step."""
     names = [name for name in OFF if device.type == "cuda" or name not in ("compile", "bf16")]
-    first = Tokenizer(args, device).report(table, "a phase-1 step", args.seconds, False)
+    optimized = Tokenizer(args, device).report(table, "a phase-1 step", args.seconds, False)
     for off in (*([name] for name in names), names):
         text = OFF[off[0]] if len(off) == 1 else "without all of them"
         tokenizer = Tokenizer(args, device, off=off)
         seconds = tokenizer.report(table, f"  {text}", args.seconds, False)
-        print(f"{'':46} {seconds / first:8.2f} times")
+        print(f"{'':46} {seconds / optimized:8.2f} times")
     tokenizer = Tokenizer(args, device)
     for part in (tokenizer.model.encoder, tokenizer.model.decoder):
         part.grad_checkpointing = True
@@ -256,13 +258,14 @@ def main():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=(*PARTS, "naive"), default=PARTS, help="what to measure")
-    add("--size", choices=SIZES, help="default: paper on a GPU, else small")
-    add("--batch_size", type=int, help="images at once; default: 32, small 8")
-    add("--seconds", type=float, default=2.0, help="repeat a measurement so long")
-    add("--compile", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    add("--json", help="write the figures there as they come")
+    add("--size", choices=SIZES, help="sizes of images and networks; default: paper on a GPU")
+    add("--batch_size", type=int, help="images per step; default: 32, with --size small 8")
+    add("--seconds", type=float, default=2.0, help="minimum duration of a measurement in seconds")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="use torch.compile for training steps; default: only on a GPU")
+    add("--json", help="file for the results, rewritten after each row; default: none")
     runtime.add_device_flags(add)
-    parser.set_defaults(dtype="auto")  # the scripts' own; so the first line says it
+    parser.set_defaults(dtype="auto")  # the training scripts' default, shown in the first line
     args = parser.parse_args()
     device, args.compile = runtime.setup(args)
     args.size = args.size or ("paper" if device.type == "cuda" else "small")

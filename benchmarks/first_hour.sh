@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# What docs/speed.md lacks, measured on a new card: parts in order of worth, the first four in fifteen minutes.
-# A part that is done is not run again; each leaves its figures in $OUT (first_hour/) as they come.
+# The GPU measurements that docs/speed.md lacks, most important first. The first four parts take at most fifteen minutes.
+# A finished part is not run again. Each part writes its log and its results to $OUT (default: first_hour/).
 #
-#     bash benchmarks/first_hour.sh                      # all parts; SMALL=1: minutes on a CPU, does it run?
+#     bash benchmarks/first_hour.sh                      # all parts
 #     PARTS="phase1 resume" bash benchmarks/first_hour.sh
+#     SMALL=1 bash benchmarks/first_hour.sh              # a smoke test for CPUs; takes minutes
 #
-# Nothing is downloaded: VGG16 has random weights, images are drawn. Compiling takes minutes of a part's time.
+# Nothing is downloaded: VGG16 has random weights, the images are drawings. The time limits include minutes of compilation.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD
@@ -16,11 +17,11 @@ if [ "${SMALL:-}" ]; then
   train="--image_size 32 --channels 16 16 --z_dim 8 --codebook_size 16 --disc_channels 8 8 --batch_size 16
          --device cpu --no-compile" demo="DEMO_STEPS=20 DEMO_SAMPLES=60"
 else
-  bench="--size paper" batches="32 96 64 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_CLUTTER=1 DEMO_STEPS=20000"
+  bench="--size paper" batches="32 96 64 128" samples=512 slow=1 n=20 train="--batch_size 32" demo="DEMO_STEPS=20000"
 fi
 train="train_tokenizer.py --data shapes --vgg $out/vgg.pt $train --log_every 2 --disc_warmup 0"
 
-part() {  # part NAME SECONDS: run the function NAME with a time limit, its output in NAME.log
+part() {  # part NAME SECONDS: run the function NAME with a time limit; its output goes to NAME.log
   case " ${PARTS:-phase1 numbers graphs priors phase2 resume naive miniature} " in *" $1 "*) ;; *) return ;; esac
   [ -e "$out/$1.done" ] && return
   echo "== $1, at most $2 s ($out/$1.log)"
@@ -30,16 +31,16 @@ part() {  # part NAME SECONDS: run the function NAME with a time limit, its outp
   echo "   $((SECONDS - began)) s"
 }
 
-# In a part comes first what does not compile: a time limit must not cost that.
-phase1() {  # R1 three ways; images/s at batch 32 and the largest that fits, peak memory, share of the matrix rate
+# Within a part, what does not compile comes first, so that it is done before the time limit.
+phase1() {  # three ways to compute R1; images/s, peak memory and utilization at several batch sizes, some of which may not fit
   python benchmarks/bench.py $bench --parts r1 --json $out/r1.json
   for b in $batches; do
-    python benchmarks/bench.py $bench --parts phase1 --batch_size $b --json $out/phase1_$b.json || echo "not $b images"
+    python benchmarks/bench.py $bench --parts phase1 --batch_size $b --json $out/phase1_$b.json || echo "batch size $b failed"
   done
   ls $out/phase1_*.json
 }
-numbers() { python benchmarks/check.py; }  # does the card compute what a CPU does?
-graphs() {  # a real run: no graph may be compiled after the first validation (look for "Recompiling" behind it)
+numbers() { python benchmarks/check.py; }  # compares results with a CPU's
+graphs() {  # a training run: the log should have no "Recompiling" after the first validation
   TORCH_LOGS=recompiles,graph_breaks python $train --iters $((2 * n)) --eval_every $n --out $out/run
 }
 priors() {
@@ -47,11 +48,11 @@ priors() {
   python benchmarks/bench.py $bench --parts priors --json $out/priors.json
 }
 phase2() { python benchmarks/bench.py $bench --parts phase2 --batch_size 16 --json $out/phase2.json; }
-resume() {  # a signal, then the same command with --resume
+resume() {  # stops a run by SIGTERM, then resumes it
   python $train --iters 100000 --out $out/killed & pid=$!
   until grep -q '"train"' $out/killed/metrics.jsonl 2> /dev/null; do sleep 1; kill -0 $pid; done
   kill -TERM $pid
-  wait $pid || [ $? = 143 ]  # saved, then 128 + SIGTERM
+  wait $pid || [ $? = 143 ]  # 128 + SIGTERM: the run has saved a checkpoint
   step=$(python -c "import torch; print(torch.load('$out/killed/ckpt.pt', 'cpu', weights_only=True)['step'])")
   python train_tokenizer.py --resume --out $out/killed --iters $((step + n))
 }
