@@ -1,5 +1,6 @@
 """What README.md and docs/ say about the code is true: files, names, equations, flags, patches."""
 import inspect
+import io
 import json
 import pkgutil
 import re
@@ -7,12 +8,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load, save_prior
+from conftest import ROOT, load, same
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
@@ -66,13 +68,17 @@ def test_the_loss_in_five_lines_runs(vgg):
 
 
 def test_a_tokenizer_in_ones_own_script(tmp_path, monkeypatch):
-    """Its lines encode and decode one's own image, and draw eight samples."""
+    """Its lines encode and decode one image, draw eight samples, and complete the image."""
     code = next(block for block in FENCE.findall(PAGES["forking.md"]) if "load_prior" in block)
     (tmp_path / "miniature").symlink_to(ROOT / "miniature")
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (90, 60), "red").save("picture.png")
     exec(code, names := {})
-    assert names["codes"].shape[0] == 1 and Image.open("mine.png").width > 9 * 96
+    codes = names["codes"].flatten(1)
+    assert codes.shape == (1, 16) and Image.open("mine.png").width > 17 * 96
+    assert names["samples"].shape == names["completed"].shape == (8, 16)
+    assert (names["completed"][:, 8:] == codes[:, 8:]).all()  # the lower half is known
+    assert (names["completed"][:, :8] != codes[:, :8]).any()
 
 
 def test_the_shipped_weights_are_whole_and_belong_together():
@@ -122,11 +128,9 @@ def test_flags_exist(page):
 
 SMALL = ["--image_size", 32, "--channels", 16, 16, 32, "--z_dim", 8, "--disc_channels", 8, 8]
 SHORT = ["--iters", 2, "--batch_size", 4, "--workers", 0, "--device", "cpu"]
-# Runs commands in one process. ConvNeXt's weights can't be downloaded here: they are random.
+# Runs commands in one process, and notes those that exit with an error.
 RUN = """
-import importlib, json, sys, torchvision
-make = torchvision.models.convnext_tiny
-torchvision.models._api.WeightsEnum.get_state_dict = lambda self, **_: make().state_dict()
+import importlib, json, sys
 for sys.argv in json.loads(sys.argv[1]):
     try:
         importlib.import_module(sys.argv[0]).main()
@@ -135,41 +139,66 @@ for sys.argv in json.loads(sys.argv[1]):
 """
 
 
-def test_patches_of_the_fork_guide(tmp_path, vgg, many_photos, tokenizer, photos):
-    """Each applies. A quantizer trains in both phases on a list of files, with a prior and samples
-    after it; another perceptual network trains; images are completed within a box."""
+def write_shards(folder, images):
+    """Two tar files: images as KEY.jpg, and the numbers of their class folders as KEY.cls."""
+    files = sorted(images.rglob("*.png"))
+    classes = sorted({path.parent.name for path in files})
+    for shard in (0, 1):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for path in files[shard::2]:
+                tar.add(path, f"{path.stem}.jpg")  # content decides, not the name
+                label = tarfile.TarInfo(f"{path.stem}.cls")
+                label.size = 1
+                tar.addfile(label, io.BytesIO(str(classes.index(path.parent.name)).encode()))
+
+
+def test_patches_of_the_fork_guide(tmp_path, vgg, many_photos):
+    """Each applies alone, and all together. A quantizer trains in both phases on tar shards, with a
+    prior and samples after it. Records without labels train an unconditional prior. Averaged
+    weights are what samples are drawn from, and resume exactly."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     patches = DIFF.findall(PAGES["forking.md"])
-    assert len(patches) == 4
-    for patch in patches:
-        subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
-    (many_photos / "list.txt").write_text("".join(
-        f"{path.relative_to(many_photos)}\t{path.parent.name}\n"
-        for path in sorted(many_photos.rglob("*.png"))))
-    train = ["train_tokenizer", *SMALL, *SHORT, "--data", f"list:{many_photos}/list.txt"]
-    complete = ["sample", "--complete", photos, "--count", 3, "--tokenizer", tokenizer, "--prior",
-                save_prior(tmp_path / "nar.pt", tokenizer, kind="nar", num_classes=2),
-                "--device", "cpu", "--out", tmp_path, "--box"]
-    runs = [[*train, "--quantizer", "fsq", "--codebook_size", 64, "--vgg", vgg],
-            ["train_tokenizer", "--phase", 2, *SHORT], ["train_prior", "--size", "tiny", *SHORT],
-            ["sample", "--count", 2, "--device", "cpu"],
-            [*train, "--vgg", "convnext_tiny", "--perceptual_layers", "logit", "--out", "convnext"],
-            *([*complete, *box] for box in ([4, 4, 4, 9], [0, 0, 17, 16], [0, 0, 16, 8]))]
+    assert len(patches) == 3
+    for options in (["--check", "-"], ["-"]):
+        for patch in patches:
+            subprocess.run(["git", "apply", *options], input=patch, text=True, cwd=tmp_path,
+                           check=True)
+    code = next(block for block in FENCE.findall(PAGES["forking.md"]) if "tarfile" in block)
+    (tmp_path / "shards.py").write_text(code)
+    (tmp_path / "unlabeled.py").write_text("from shards import rows\nclasses = []\n")
+    (tmp_path / "keep.py").write_text("import shutil, sys\n\ndef main():\n"
+                                      "    shutil.copytree(*sys.argv[1:])\n")
+    (tmp_path / "shards").mkdir()
+    write_shards(tmp_path / "shards", many_photos)
+
+    longer, constant = [*SHORT, "--iters", 3], ["--lr", 1e-3, "--lr_end", 1e-3]
+    train = ["train_tokenizer", *SMALL, *constant, "--vgg", vgg, "--quantizer", "fsq",
+             "--data", "records:shards", "--codebook_size"]
+    prior = ["train_prior", "--size", "tiny", *constant]
+    runs = [[*train, 100, *SHORT, "--out", "no power of four"],
+            [*train, 64, *SHORT], ["train_tokenizer", "--phase", 2, *SHORT], [*prior, *SHORT],
+            ["sample", "--count", 2, "--device", "cpu"], ["keep", "runs", "kept"],
+            [*prior, *longer, "--resume"], [*prior, *longer, "--out", "whole/prior"],
+            [*train, 64, *longer, "--resume"], [*train, 64, *longer, "--out", "whole/tokenizer"],
+            [*train, 64, *SHORT, "--data", "records:unlabeled", "--out", "unlabeled"],
+            [*prior, *SHORT, "--tokenizer", "unlabeled/ckpt.pt", "--out", "unconditional"]]
     runs = json.dumps([[*map(str, words)] for words in runs])
     done = subprocess.run([sys.executable, "-c", RUN, runs], cwd=tmp_path, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("exit --box") == done.stdout.count("exit ") == 2, done.stdout
-    for out in ("runs/tokenizer", "runs/phase2", "runs/prior", "convnext"):
-        assert load(tmp_path / out / "ckpt.pt")["step"] == 2
+    assert done.stdout.count("exit ") == done.stdout.count("exit --codebook_size") == 1, done.stdout
     assert (tmp_path / "samples/samples.npz").exists()
-    # Outside the box the decoded codes of the input are shown.
-    shown = np.asarray(Image.open(tmp_path / "complete.png"))[2 * 6:, 2 * 6:]  # enlarged
-    cells = [shown[:96, 108 * i:108 * i + 96].astype(int) for i in range(6)]
-    assert (cells[1][:48] == cells[1][0, 0]).all() and (cells[0][48:] == cells[1][48:]).all()
-    difference = [abs(cells[i] - cells[2]) for i in (3, 4, 5)]
-    assert all(d[:48].mean() > d[72:].mean() for d in difference)
+    assert load(tmp_path / "runs/prior/ckpt.pt")["classes"] == ["cats", "dogs"]
+    assert load(tmp_path / "unconditional/ckpt.pt")["config"]["num_classes"] == 0
+    assert load(tmp_path / "runs/phase2/ckpt.pt")["step"] == 2
+    for name in ("tokenizer", "prior"):
+        kept, resumed, whole = (load(tmp_path / folder / name / "ckpt.pt")
+                                for folder in ("kept", "runs", "whole"))
+        assert all(same(resumed[part], whole[part]) for part in ("trained", "model", "opt"))
+        for key, mean in kept["model"].items():  # what the loaders read
+            new = mean.lerp(whole["trained"][key], 9 / 13)
+            assert torch.equal(whole["model"][key], new), key
 
 
 BLOCKS = FENCE.findall(README.split("## Training")[1])[:3]
