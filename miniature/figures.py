@@ -115,6 +115,18 @@ def held_out(flags, count=None):
     return x, torch.tensor([source.parts(i) for i in chosen])
 
 
+def variance_explained(flags):
+    """The fraction of the pixels' variance that a linear regression on the parts explains."""
+    x, parts = held_out(flags)
+    x = x.flatten(1).double()
+    one_hot = [torch.nn.functional.one_hot(kind, n) for kind, n in zip(parts.T, KINDS)]
+    given = torch.cat([*one_hot, torch.ones(len(x), 1)], 1).double()
+    fit = 3 * len(x) // 4  # the other images test it
+    weights = torch.linalg.lstsq(given[:fit], x[:fit], driver="gelsd").solution
+    error = (x[fit:] - given[fit:] @ weights).square().sum()
+    return 1 - (error / (x[fit:] - x[:fit].mean(0)).square().sum()).item()
+
+
 @torch.no_grad()
 def load_alpha(folder, count):
     """The tokenizers of both phases at one alpha, validation images and the kinds of their parts,
@@ -213,6 +225,7 @@ def measure(run):
             metrics = read_json(folder / f"nar{phase}.json")
             values["nar_fd" + suffix] = metrics["FD"]
             values["nar_accuracy" + suffix] = 100 * metrics["accuracy"]
+        values["variance_explained"] = variance_explained(flags_of(folder / "phase1"))
         values["fd_ratio"] = values["ar_fd_2"] / values["fd_2"]
         values["nar_loss"] = best_validation(folder / "nar")["loss"]
         values["nar_improvement"] = values["unigram_entropy"] - values["nar_loss"]
@@ -307,6 +320,8 @@ def tables(runs):
             ("FD of AR samples is at least 2.5 times FD of reconstructions, phase 2",
              lambda r: min(r[low]["fd_ratio"], r[high]["fd_ratio"]) >= 2.5),
             ("99 % of the codes are used", lambda r: min(r[low]["usage"], r[high]["usage"]) >= 99),
+            ("the parts explain at most 15 % of the pixels' variance",
+             lambda r: r[high]["variance_explained"] <= 0.15),
             ("the NAR prior gains at least 0.6 times as much from context as the AR prior",
              lambda r: min(r[a]["nar_context"] / r[a]["ar_context"] for a in (low, high)) >= 0.6)):
         lines.append(f"- condition: {text}: {sum(map(holds, runs))} of {len(runs)} seed(s)")
