@@ -43,6 +43,7 @@ INHERITED_FLAGS = (*ARCH_FLAGS, "data", "val", "crop", "image_size", "disc_chann
 PRINTED_METRICS = ("loss", "l1", "perceptual", "commitment", "soft_entropy", "code_deviation",
                    "real_logit", "fake_logit", "skipped", "psnr", "usage", "perplexity")
 R1_EVERY = 16  # steps; the penalty is scaled by it (StyleGAN2's lazy regularization)
+KMEANS_STEPS = range(0, 30_001, 2_000)  # Table 5 does not give the schedule. This is VQFR's.
 
 
 def build_parser():
@@ -60,9 +61,8 @@ def build_parser():
     add("--channels", type=size, nargs="+", default=[128, 128, 256, 256, 512],
         help="width of each level; each level but the first halves the image")
     add("--z_dim", type=size, default=256, help="dimension of a code, n_z")
-    add("--quantizer", choices=vq.QUANTIZERS, default="vq",
-        help="vq: the paper's; kmeans, factorized: Table 5")
-    add("--codebook_size", type=size, help="number of codes K; default: 1024, factorized 8192")
+    add("--quantizer", choices=vq.QUANTIZERS, default="vq", help="vq, or an alternative of Table 5")
+    add("--codebook_size", type=size, help="number of codes K; default: 1024, factorized: 8192")
     add("--attention", type=number, help="pairs of block and dilated attention per decoder level")
     add("--extra_blocks", type=number, default=0,
         help="residual blocks added to each decoder level (Table 1: 2)")
@@ -78,9 +78,9 @@ def build_parser():
         help="weight of the adversarial loss; 0: no discriminator")
     add("--commitment_weight", type=weight, default=0.25, help="weight of the commitment term")
     add("--entropy_weight", type=weight,
-        help="weight of the entropy term; default: 0.01, with the quantizers of Table 5 0")
-    add("--vq_warmup", type=number, default=0, help="train a plain autoencoder for so many steps, "
-        "then initialize the codebook by K-means (ours, for short runs)")
+        help="weight of the entropy term; default: 0.01, kmeans and factorized: 0")
+    add("--vq_warmup", type=number, default=0, help="steps of training without quantization, after "
+        "which K-means initializes the codebook (ours, for short runs)")
     add("--disc_warmup", type=number, default=20_000, help="steps over which the adversarial "
         "weight rises from 0; default with the discriminator of --init: 0")
     add("--disc_channels", type=size, nargs=2, default=[128, 512],
@@ -183,7 +183,8 @@ def backward_r1(disc, x, weight):
     Returns the penalty."""
     total = torch.zeros((), device=x.device)
     for part in x.split(8):
-        with runtime.tf32():  # `.forward` bypasses the compiled module
+        # fp32; TF32 is precise enough for a penalty. `.forward` bypasses the compiled module.
+        with runtime.tf32():
             r1 = losses.r1_penalty(disc.forward, part) * len(part) / len(x)
             (weight * r1).backward()
         total += r1.detach()
@@ -237,13 +238,15 @@ def save_reconstructions(path, model, val, args, device):
 
 # ------------------------------------------------------------------------------------ training
 
-@torch.no_grad()
-def init_codebook(model, x, args):
-    """--vq_warmup: K-means of the encoder's outputs on x (of all processes)."""
-    with runtime.autocast(x.device, args.dtype):
+def kmeans_codebook(model, x, seed, args):
+    """Replace the codebook by K-means of the encoder's outputs on x, the last 16,384 of all
+    processes (64 images of 256 x 256). The processes compute the same codebook: rows and seed are
+    equal, and the sums run on the CPU."""
+    with runtime.eval_mode(model, x.device, args.dtype):
         z = model.encoder(x).float().permute(0, 2, 3, 1).flatten(0, 2)
-    codes = vq.kmeans(vq.all_gather_rows(z), args.codebook_size, seed=0)
-    model.quantizer.codebook.copy_(codes)
+    z = vq.all_gather_rows(z)[-16_384:]
+    if z.isfinite().all(1).any():
+        model.quantizer.codebook.data.copy_(vq.kmeans(z, args.codebook_size, seed))
 
 
 def build_models(args, device, init=None):
@@ -288,6 +291,9 @@ def main():
     lr_end = args.lr_end
     if lr_end is None:
         lr_end = args.lr / 2 if args.phase == 1 else args.lr
+    kmeans_steps = [args.vq_warmup] if args.vq_warmup else []
+    if args.quantizer == "kmeans" and not args.init:  # the codebook of --init is kept
+        kmeans_steps = KMEANS_STEPS
     # The paper has one line for both networks' optimizers.
     trained = model if args.phase == 1 else model.decoder
     opts = [torch.optim.Adam(net.parameters(), betas=BETAS[args.phase], fused=True)
@@ -320,8 +326,8 @@ def main():
             break
 
         xs = [data.to_float(x, device) for x, _ in micro_batches]  # (b, 3, S, S) in [-1, 1]
-        if step and step == args.vq_warmup:
-            init_codebook(model, xs[0], args)
+        if step in kmeans_steps:
+            kmeans_codebook(model, xs[0], step - args.vq_warmup, args)
 
         # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
         # term, whose soft usage is a mean over one micro-batch (of all processes).

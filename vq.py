@@ -313,43 +313,19 @@ def fingerprint(model):
 
 
 # ---------------------------------------------------------------- Table 5's other quantizers
-
-class KMeans(Quantizer):
-    """K-means of the newest 16,384 encoder outputs (as many as a batch of 64 has) replaces the
-    codebook every 2,000 forward passes, until the 30,000th. All processes get the same codebook:
-    they see the same rows, draws are seeded by the pass, and the sums run on the CPU."""
-
-    ROWS, EVERY, UNTIL = 16_384, 2_000, 30_000
-
-    def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0):
-        super().__init__(codebook_size, z_dim, beta, gamma)
-        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
-
-    def forward(self, z_hat):
-        if self.training and self.codebook.requires_grad:  # phase 2 has fixed codes
-            step = int(self.passes)
-            self.passes += 1
-            if step % self.EVERY == 0 and step <= self.UNTIL:
-                z = all_gather_rows(z_hat.detach().float().permute(0, 2, 3, 1).flatten(0, 2))
-                if z.isfinite().all(1).any():
-                    centers = kmeans(z[-self.ROWS:], self.codebook_size, seed=step)
-                    self.codebook.data.copy_(centers)
-        return super().forward(z_hat)
-
+# "kmeans" is a Quantizer whose codebook train_tokenizer.py replaces by K-means now and then.
 
 def kmeans(points, K, seed, rounds=10):
-    """Lloyd's algorithm on the CPU: points (N, dim) -> centers (K, dim). An empty cluster is
-    re-seeded with a random point."""
-    points = points.cpu()
-    points = points[points.isfinite().all(1)]  # ignore non-finite rows
+    """Lloyd's algorithm on the CPU: points (N, dim) -> centers (K, dim). Non-finite points are
+    ignored. An empty cluster is re-seeded with a random point."""
+    points = points[points.isfinite().all(1)].cpu()
     generator = torch.Generator().manual_seed(seed)
 
     def random_points(n):
         return points[torch.randint(len(points), (n,), generator=generator)]
 
     centers = points[torch.randperm(len(points), generator=generator)[:K]]
-    if len(centers) < K:
-        centers = torch.cat([centers, random_points(K - len(centers))])
+    centers = torch.cat([centers, random_points(K - len(centers))])
     for _ in range(rounds):
         nearest = torch.cdist(points, centers).argmin(1)
         sums = torch.zeros_like(centers).index_add_(0, nearest, points)
@@ -384,7 +360,7 @@ class Factorized(Quantizer):
             return self.up(z_q.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), indices, terms
 
 
-QUANTIZERS = {"vq": Quantizer, "kmeans": KMeans, "factorized": Factorized}  # --quantizer
+QUANTIZERS = {"vq": Quantizer, "kmeans": Quantizer, "factorized": Factorized}  # --quantizer
 
 
 # ---------------------------------------------------------------------- the parameter counts

@@ -97,17 +97,26 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
 
 
 def test_codes_begin_at_kmeans_after_steps_without_quantization(train, monkeypatch, tmp_path):
-    init_codebook, begun = train_tokenizer.init_codebook, []
+    kmeans_codebook, begun = train_tokenizer.kmeans_codebook, []
 
-    def watch(model, x, args):
+    def watch(model, x, *rest):
         assert 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
-        init_codebook(model, x, args)
+        kmeans_codebook(model, x, *rest)
         z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
         begun.append(torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed=0)))
-    monkeypatch.setattr(train_tokenizer, "init_codebook", watch)
+    monkeypatch.setattr(train_tokenizer, "kmeans_codebook", watch)
     train("--vq_warmup", 4)
     terms = ["soft_entropy" in line for line in lines(tmp_path / "run", "train")]
     assert begun == [True] and terms == [False] * 4 + [True] * 2
+
+
+def test_kmeans_replaces_the_codebook_at_steps_not_micro_batches(train, monkeypatch):
+    """Before the step at which its outputs are quantized. The seed is the step."""
+    kmeans, found = vq.kmeans, []
+    monkeypatch.setattr(train_tokenizer, "KMEANS_STEPS", range(0, 5, 2))
+    monkeypatch.setattr(vq, "kmeans", lambda *rest: found.append(rest[2]) or kmeans(*rest))
+    train("--quantizer", "kmeans", "--grad_accum", 2)
+    assert found == [0, 2, 4]
 
 
 # -------------------------------------------------------------------------------------- whole runs
@@ -213,11 +222,10 @@ def test_reconstructions_are_of_the_whole_set(tokenizer, tmp_path, monkeypatch, 
 @pytest.mark.parametrize("attention, quantizer", [(0, "vq"), (2, "kmeans")])
 def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, tmp_path,
                                                    monkeypatch, attention, quantizer):
-    monkeypatch.setattr(vq.KMeans, "EVERY", 1)
+    monkeypatch.setattr(train_tokenizer, "KMEANS_STEPS", range(9))
     one = train("--data", many_photos, "--crop", "center", "--attention", attention,
                 "--commitment_weight", 0.3,
                 "--l1_weight", 0.7, "--quantizer", quantizer, "--iters", 2)
-    assert ("quantizer.passes" in one["model"]) == (quantizer == "kmeans")
     phase_1, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
     tokenizer_loss, begun = train_tokenizer.tokenizer_loss, []
 

@@ -12,13 +12,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import losses
+import train_tokenizer
 import transformer
 import vq
 from losses import load_vgg
 from transformer import load_prior
-from vq import BlockAttention, KMeans, VQModel, fingerprint, kmeans, load_tokenizer
+from vq import BlockAttention, VQModel, fingerprint, kmeans, load_tokenizer
 
-NAMES = list(vq.QUANTIZERS)
+NAMES = ["vq", "factorized"]  # "kmeans" is the class of "vq"
 
 
 def small(seed=0, **options):
@@ -236,7 +237,6 @@ def processes(monkeypatch, **calls):
 def test_two_processes_compute_the_entropy_term_of_one(name, monkeypatch):
     """Each sees one of two images. Values are equal, gradients after averaging them."""
     q, z = spread_codes(name)
-    q(z)  # at the first pass K-means replaces the codes
     H = q(z.requires_grad_())[2]["soft_entropy"]
     wanted, usages = torch.autograd.grad(H, (z, q.codebook)), []
 
@@ -281,22 +281,14 @@ def test_kmeans_finds_clusters():
     assert many.shape == (8, 4) and (many[:, None] == few).all(-1).any(1).all()
 
 
-def test_kmeans_replaces_the_codes_by_centres_of_the_newest_rows_of_all_processes(monkeypatch):
-    for name, value in {"EVERY": 4, "UNTIL": 8, "ROWS": 40}.items():
-        monkeypatch.setattr(KMeans, name, value)
-    q, changed = spread_codes("kmeans", K=8, z_dim=4)[0], []
-    processes(monkeypatch, all_reduce=lambda usage: None,
-              all_gather=lambda rows, mine: [row.copy_(mine + 9 * i) for i, row in enumerate(rows)])
-    for step in range(16):
-        before, z = q.codebook.clone(), torch.randn(2, 4, 4, 4) + 5
-        q(z)
-        if not torch.equal(q.codebook, before):
-            changed.append(step)
-            rows = z.permute(0, 2, 3, 1).flatten(0, 2)
-            newest = torch.cat([rows[-8:], rows + 9])
-            assert torch.equal(q.codebook, kmeans(newest, 8, seed=step))
-    assert changed == [0, 4, 8]
-    q.passes.zero_()
-    q.eval()(z)  # a validation
-    q.train().requires_grad_(False)(z)  # phase 2
-    assert torch.equal(q.codebook, before) and q.passes == 0
+def test_the_codebook_becomes_kmeans_of_the_last_encoder_outputs_of_all_processes(monkeypatch):
+    model, x = VQModel((16,), 4, "kmeans", 8), torch.rand(40, 3, 16, 16)
+    args = SimpleNamespace(dtype="fp32", codebook_size=8)
+    processes(monkeypatch, all_gather=lambda rows, mine: [
+        row.copy_(mine + 9 * i) for i, row in enumerate(rows)])
+    train_tokenizer.kmeans_codebook(model, x, 3, args)
+    rows = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)  # 10,240
+    found = model.quantizer.codebook.clone()
+    assert torch.equal(found, kmeans(torch.cat([rows, rows + 9])[-16_384:], 8, seed=3))
+    train_tokenizer.kmeans_codebook(model, x * math.nan, 4, args)  # there is nothing to cluster
+    assert torch.equal(model.quantizer.codebook, found)
