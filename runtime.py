@@ -235,8 +235,8 @@ def add_training_flags(parser, **defaults):
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
     add("--log_every", type=positive_int, default=50, help="steps between two progress lines")
-    add("--eval_every", type=positive_int, default=5000, help="steps between two validations, each "
-        "followed by a checkpoint")
+    add("--eval_every", type=positive_int, help="steps between two validations, each followed by a "
+        "checkpoint; default: 5000, or a tenth of --iters if that is less")
     add("--tensorboard", action="store_true", help="log to TensorBoard, too")
     add_device_flags(add)
     parser.set_defaults(**defaults)
@@ -512,7 +512,8 @@ class Run:
 
     def validation_is_due(self, step):
         """Whether to validate at `step`: a run that was stopped here may have done so."""
-        return self.due(step, self.args.eval_every) and self.validated != step
+        every = self.args.eval_every or min(5000, max(1, self.args.iters // 10))
+        return self.due(step, every) and self.validated != step
 
     def should_stop(self):
         """Whether a process has received a signal, or set `error`. While steps are being skipped a

@@ -26,7 +26,7 @@ import runtime  # noqa: E402
 def parse():
     parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3,
-                               image_size=64, log_every=100, eval_every=500)
+                               image_size=64, log_every=100)
     parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
                         default=[16, 32, 64, 96, 128],
                         help="width of each stage")

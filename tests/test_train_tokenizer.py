@@ -1,5 +1,7 @@
 """train_tokenizer.py and miniature/train_vgg.py: the loss by hand, both phases, their flags."""
+import importlib
 import math
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -120,6 +122,16 @@ def test_kmeans_replaces_the_codebook_at_steps_not_micro_batches(train, monkeypa
 
 
 # -------------------------------------------------------------------------------------- whole runs
+
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "train_vgg"])
+def test_by_default_a_run_validates_at_least_ten_times(name, tokenizer, tmp_path, monkeypatch):
+    needed = ["--tokenizer", tokenizer] if name == "train_prior" else []
+    for iters, due in ((7, [*range(8)]), (109, [*range(0, 101, 10), 109]), (99_999, [0, 5000])):
+        words = [*needed, "--iters", iters, "--out", tmp_path / str(iters)]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        run = runtime.Run(importlib.import_module(name).parse(), "", ())
+        steps = [step for step in range(iters + 1) if run.validation_is_due(step)]
+        assert steps[:len(due)] == due and len(steps) > 7
 
 def test_what_a_run_logs_and_saves(train, tmp_path, capsys, monkeypatch):
     state = train()
