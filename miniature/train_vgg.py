@@ -94,6 +94,9 @@ def measure_scale(net, batches, device):
             sums[i] = sums[i] + f.sum(0)
             squares[i] = squares[i] + f.square().sum(0)
     variance = [(b / n - (a / n).square()).mean() for a, b in zip(sums, squares)]
+    if variance[-2] <= 1e-9 * squares[-2].mean() / n:  # relu5_3's is zero, up to rounding
+        raise SystemExit("all training images have the same features, so there is no variance to "
+                         "scale the perceptual loss by. Are the images equal?")
     net.layer_scale.copy_(torch.stack(variance))
 
 
@@ -146,6 +149,7 @@ def main():
             if attacked:  # FGSM; epsilon rises from 0
                 size = args.fgsm_eps * step / args.iters
                 batch = [((x + size * x.grad.sign()).detach(), y) for x, y in batch]
+            buffers = [buffer.clone() for buffer in net.buffers()]
             for x, y in batch:
                 with runtime.autocast(device, args.dtype):
                     logits = net(x, ("logit",))["logit"]
@@ -153,6 +157,9 @@ def main():
                 (loss / args.grad_accum).backward()
                 averages.add(loss=loss, accuracy=right.mean())
             run.step([opt], runtime.cosine(step, args.iters, args.lr, 0))
+            if run.skipped_in_a_row:  # the running statistics of batch norm may hold NaN
+                for buffer, before in zip(net.buffers(), buffers):
+                    buffer.copy_(before)
         if run.due(step + 1, args.log_every):
             run.log(step + 1, "train", skipped=run.skipped, **averages.pop())
         micro_batches = list(islice(batches, args.grad_accum))

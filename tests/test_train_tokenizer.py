@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import train_vgg
 from conftest import COMMON, TINY, lines, load
 from PIL import Image
 
@@ -321,3 +322,27 @@ def test_the_small_vgg_learns_classes_of_photographs(script, photos, tmp_path, m
     state = load(tmp_path / "run/ckpt.pt")
     assert sum(seen) == passes * state["step"]
     assert state["config"]["num_classes_per_head"] == [2] and state["classes"] == ["cats", "dogs"]
+
+
+def test_a_skipped_step_leaves_no_nan_in_the_small_vgg(script, tmp_path, monkeypatch):
+    """The running statistics of batch norm would otherwise keep it for ever."""
+    perturb, calls = train_vgg.perturb, []
+
+    def spoil(x, generator):
+        calls.append(math.nan if len(calls) == 1 else 1)
+        return perturb(x, generator) * calls[-1]
+    monkeypatch.setattr(train_vgg, "perturb", spoil)
+    script("train_vgg", *VGG, "--out", tmp_path / "run")
+    state = load(tmp_path / "run/ckpt.pt")
+    assert (state["step"], state["skipped"]) == (6, 2)  # of 12, with those on perturbed images
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_images_without_variance_train_no_small_vgg(refused, tmp_path):
+    for name in ("cats/1", "cats/2", "dogs/1"):
+        path = tmp_path / f"photos/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), "red").save(path)
+    assert "images" in refused("train_vgg", *VGG, "--data", tmp_path / "photos",
+                               "--val", tmp_path / "photos", "--out", tmp_path / "run")
+    assert not (tmp_path / "run/ckpt.pt").exists()
