@@ -166,15 +166,17 @@ class PerceptualLoss(nn.Module):
     def train(self, mode=True):
         return super().train(False)  # VGG's dropout must stay off, whoever calls train()
 
-    def forward(self, x_hat, x):
-        """Reconstructions and inputs -> the loss, and each layer's term (unweighted, detached)."""
+    def forward(self, x_hat, x, layers=None):
+        """Reconstructions and inputs -> the loss, and a dict of terms (unweighted, detached) of
+        `layers`, default: those that the loss needs."""
+        layers = layers or self.weights
         with torch.no_grad():
-            target = self.net(x, self.weights)
-        features = self.net(x_hat, self.weights)
+            target = self.net(x, layers)
+        features = self.net(x_hat, layers)
         scale = dict(zip(LAYERS, self.net.layer_scale))
         terms = {layer: F.mse_loss(features[layer].float(), target[layer].float()) / scale[layer]
-                 for layer in self.weights}
-        loss = sum(self.weights[layer] * term for layer, term in terms.items())
+                 for layer in layers}
+        loss = sum(weight * terms[layer] for layer, weight in self.weights.items())
         return loss, {layer: term.detach() for layer, term in terms.items()}
 
 

@@ -40,8 +40,9 @@ ARCH_FLAGS = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "e
 # What a run takes from the checkpoint of --init
 INHERITED_FLAGS = (*ARCH_FLAGS, "data", "val", "crop", "image_size", "disc_channels", "vgg",
                    "l1_weight", "perceptual_weight", "adv_weight", "r1_weight")
-PRINTED_METRICS = ("loss", "l1", "perceptual", "commitment", "soft_entropy", "code_deviation",
-                   "real_logit", "fake_logit", "skipped", "psnr", "usage", "perplexity")
+PRINTED_METRICS = ("loss", "l1", "perceptual", "L_low", "L_sem", "commitment", "soft_entropy",
+                   "code_deviation", "real_logit", "fake_logit", "skipped", "psnr", "usage",
+                   "perplexity")
 R1_EVERY = 16  # steps; the penalty is scaled by it (StyleGAN2's lazy regularization)
 KMEANS_STEPS = range(0, 30_001, 2_000)  # Table 5 does not give the schedule. This is VQFR's.
 
@@ -196,7 +197,7 @@ def backward_r1(disc, x, weight):
 def validate(networks, val, run, args, device):
     """Means over at most 5,000 validation images, usage and perplexity of the codes."""
     model, _, perceptual = networks
-    names = ["l1", "psnr", "perceptual", *perceptual.weights]
+    names = ["l1", "psnr", "perceptual", *losses.LAYERS]
     total = torch.zeros(len(names) + 1, device=device)
     histogram = torch.zeros(args.codebook_size, device=device)
     images = data.EvalImages(val, args.image_size)
@@ -206,7 +207,7 @@ def validate(networks, val, run, args, device):
         with runtime.eval_mode(model, device, args.dtype):
             z_q, indices, _ = encode(model, x, args)
             x_hat = model.decode(z_q)
-            loss, layers = perceptual(x_hat, x)
+            loss, layers = perceptual(x_hat, x, losses.LAYERS)
         x_hat = x_hat.clamp(-1, 1)
         mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
         psnr = -10 * mse.clamp(min=1e-10).log10()
@@ -214,6 +215,8 @@ def validate(networks, val, run, args, device):
         total += torch.stack(values).float() * len(x)
         histogram += torch.bincount(indices.flatten(), minlength=args.codebook_size)
     means = dict(zip(names, (runtime.all_reduce_sum(total) / total[-1]).tolist()))
+    means["L_low"] = sum(means[layer] for layer in losses.LOW_LAYERS)  # both sums of Eq. 4, which
+    means["L_sem"] = sum(means[layer] for layer in losses.SEM_LAYERS)  # compare runs of any alpha
     usage, perplexity, H = vq.usage_and_perplexity(runtime.all_reduce_sum(histogram))
     positions = min(len(val), 5000) * (args.image_size // model.f) ** 2
     if usage < 0.5 * min(1, positions / args.codebook_size):

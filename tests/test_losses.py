@@ -52,7 +52,9 @@ def test_equation_4_and_table_6(vgg):
     for alpha in (0, 0.3, 1):
         loss, parts = PerceptualLoss(net, alpha)(x_hat, x)
         assert loss.item() == pytest.approx(alpha * sem + (1 - alpha) * low, rel=1e-5)
-        assert {l: v.item() for l, v in parts.items()} == pytest.approx({l: term[l] for l in parts})
+        same, parts = PerceptualLoss(net, alpha)(x_hat, x, LAYERS)  # as in validation
+        assert torch.equal(same, loss)
+        assert {l: v.item() for l, v in parts.items()} == pytest.approx(term)
     for layers in (LOW_LAYERS, LAYERS, LAYERS[1:], LAYERS[2:], LAYERS[3:], SEM_LAYERS, ("logit",)):
         loss, parts = PerceptualLoss(net, layers=layers)(x_hat, x)
         assert loss.item() == pytest.approx(sum(term[l] for l in layers), rel=1e-5)
@@ -68,10 +70,10 @@ def test_only_the_layers_that_alpha_needs_are_computed(net, vgg):
     for alpha, layers, expected in ((0, LOW_LAYERS, {"stage"}),
                                     (1, SEM_LAYERS, {"stage", "classifier"}),
                                     (0.5, LAYERS, {"stage", "classifier"})):
-        assert set(PerceptualLoss(net, alpha).weights) == set(layers)
         ran.clear()
         for network in (net, small):
-            network(torch.rand(1, 3, 32, 32), layers)
+            _, terms = PerceptualLoss(network, alpha)(*torch.rand(2, 1, 3, 32, 32))
+            assert set(terms) == set(layers)
         assert ran == expected | {f"small {name}" for name in expected}
 
 

@@ -182,8 +182,9 @@ def test_the_variants_of_the_tables_train(train, photos, tmp_path, words, part):
     more = ["--data", photos, "--val", photos, "--crop", "resized", "--iters", 2]
     state = train(*more, *words)
     assert part in state["model"] and all(v.isfinite().all() for v in state["model"].values())
-    terms = {*losses.LAYERS} & lines(tmp_path / "run", "val")[0].keys()
-    assert terms == ({*words[1:]} if words[0] == "--perceptual_layers" else {"relu5_3", "logit"})
+    value = lines(tmp_path / "run", "val")[0]
+    layers = words[1:] if words[0] == "--perceptual_layers" else ["relu5_3", "logit"]
+    assert value["perceptual"] == pytest.approx(sum(value[layer] for layer in layers), rel=1e-5)
 
 
 def test_validation_equals_a_loop(train, vgg, tmp_path, capsys):
@@ -193,24 +194,26 @@ def test_validation_equals_a_loop(train, vgg, tmp_path, capsys):
         Shapes().load(i, 16)[0].save(tmp_path / f"val/{i:03}.png")
     for i in (7, 8):
         (tmp_path / f"val/00{i}.png").write_bytes(b"")
-    train("--val", tmp_path / "val", "--iters", 3)
+    train("--val", tmp_path / "val", "--iters", 3, "--alpha", 0)
     assert capsys.readouterr().out.count("skipped: '007.png'") == 1
     model, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
-    perceptual, rows, used = losses.PerceptualLoss(losses.load_vgg(vgg)), [], []
+    net, rows, used = losses.load_vgg(vgg), [], []
+    low, sem = (losses.PerceptualLoss(net, alpha) for alpha in (0, 1))
     for i in (*range(7), 9, 9, *range(9, 30)):
         image = np.asarray(Image.open(tmp_path / f"val/{i:03}.png"), np.float32)
         x = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
         x_hat, indices, _ = model(x)
-        loss, layers = perceptual(x_hat, x)
+        (l_low, _), (l_sem, layers) = low(x_hat, x), sem(x_hat, x)
         x_hat = x_hat.clamp(-1, 1)
         psnr = 10 * math.log10(4 / F.mse_loss(x_hat, x).item())
-        rows.append([F.l1_loss(x_hat, x).item(), psnr, loss.item(), layers["logit"].item()])
+        rows.append([F.l1_loss(x_hat, x), psnr, l_low, l_low, l_sem, layers["logit"]])
         used += indices.flatten().tolist()
     p = np.bincount(used, minlength=16) / len(used)
     perplexity = np.prod(np.where(p > 0, p, 1) ** -p)
     want = [*np.mean(rows, 0), (p > 0).mean(), perplexity, math.log(perplexity)]
     value = lines(tmp_path / "run", "val")[-1]
-    names = ("l1", "psnr", "perceptual", "logit", "usage", "perplexity", "code_entropy")
+    names = ("l1", "psnr", "perceptual", "L_low", "L_sem", "logit", "usage", "perplexity",
+             "code_entropy")
     assert [value[name] for name in names] == pytest.approx(want, rel=1e-4)
 
 
