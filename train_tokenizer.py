@@ -305,7 +305,10 @@ def main():
     if disc:
         parts |= {"disc": disc, "opt_disc": opts[1]}
     constants = {"config": model.config, "content": data.content_hash(source)}
-    start, _ = run.resume(constants, **parts)
+    start, state = run.resume(constants, **parts)
+    if args.phase == 1 and start and start == state["args"]["iters"] < args.iters:
+        runtime.print0(f"note: training continues a finished run. Its priors and its phase 2 will "
+                       f"not fit the new weights: keep a copy of {run.ckpt} for them")
     if compiled:  # not the quantizer, which is fp32 and has a collective inside
         for part in (model.encoder, model.decoder, perceptual.net, *([disc] if disc else [])):
             part.compile(dynamic=False)

@@ -293,6 +293,17 @@ def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(
     assert "the data set has changed" in capsys.readouterr().out
 
 
+def test_continuing_a_finished_phase_1_warns_of_its_priors_and_phase_2(train, tmp_path, capsys):
+    """Not if it was stopped before its end, and not in phase 2, which keeps the codes."""
+    for out, words in (("run", []), ("two", ["--phase", 2, "--init", tmp_path / "run/ckpt.pt"])):
+        state, path = train(*words, "--iters", 1, out=out), tmp_path / out / "ckpt.pt"
+        for iters, expected in ((1, out == "run"), (2, False)):
+            torch.save(state | {"args": state["args"] | {"iters": iters}}, path)
+            capsys.readouterr()
+            train("--resume", "--iters", 2, out=out)
+            assert (str(path) in capsys.readouterr().out) == expected
+
+
 # -------------------------------------------------------------------------- miniature/train_vgg.py
 
 VGG = [*COMMON, "--image_size", 16, "--widths", 8, 8, 8, 8, 8]
