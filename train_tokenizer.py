@@ -226,17 +226,13 @@ def validate(networks, val, run, args, device):
 
 
 def save_reconstructions(path, model, val, args, device):
-    """Rows of eight validation images, each followed by the row of their reconstructions."""
+    """Up to 32 validation images, each above its reconstruction, eight per row."""
     images = data.EvalImages(val, args.image_size)
     x = torch.stack([images[i][0] for i in data.evenly_spaced(len(val), 32)])
     x = data.to_float(x, device)
     with runtime.eval_mode(model, device, args.dtype):
         x_hat = model.decode(encode(model, x, args)[0])
-    columns = min(8, len(x))
-    x, x_hat = (F.pad(data.to_uint8(t), (0, 0) * 3 + (0, -len(t) % columns), value=255)
-                for t in (x, x_hat))
-    rows = zip(x.split(columns), x_hat.split(columns))
-    data.save_grid(path, torch.cat([row for pair in rows for row in pair]), columns)
+    data.save_grid(path, data.to_uint8(torch.cat([x, x_hat], 2)), columns=8)
 
 
 # ------------------------------------------------------------------------------------ training
