@@ -97,24 +97,22 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def published_digits(url):
-    """The first digits of the file's sha256, which its name ends with."""
-    return url.split("-")[-1].removesuffix(".pth")
+def is_published(path, url):
+    """Whether `path` is the file of `url`, whose name ends with the first digits of its sha256."""
+    return sha256(path).startswith(url.split("-")[-1].removesuffix(".pth"))
 
 
 def download(url, path, flag):
-    """Download url to path if that does not exist, and check the file's sha256. flag: the one that
-    names a local copy."""
-    digits = published_digits(url)
+    """Download `url` to `path` unless that exists, check its sha256. `flag` names a local copy."""
     try:
         if not os.path.exists(path):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits)
+            torch.hub.download_url_to_file(url, str(path))
     except Exception as error:
-        raise SystemExit(f"cannot download {url} ({type(error).__name__}: {error}): fetch it "
-                         f"elsewhere and name the copy with {flag} FILE") from error
-    if not sha256(path).startswith(digits):
-        raise SystemExit(f"{path} is not the file of {url} (its sha256 differs): delete it")
+        raise SystemExit(f"cannot download {url} ({type(error).__name__}: {error}). Download it "
+                         f"elsewhere and pass the copy as {flag} FILE") from error
+    if not is_published(path, url):
+        raise SystemExit(f"{path} is not the file of {url} (its sha256 differs). Delete it")
 
 
 def load_vgg(spec):
@@ -126,21 +124,17 @@ def load_vgg(spec):
         download(url, path, "--vgg")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "features.0.weight" in state:
+            net = VGG16()
+        else:
+            net, state = SmallVGG(**state["config"]), state["model"]
+        net.load_state_dict(state)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"--vgg {spec} can't be read ({reason}). VGG16's weights are at {url}; "
-                         f"miniature/train_vgg.py trains a small network") from error
-    if isinstance(state, dict) and state.get("component") == "vgg":
-        net = SmallVGG(**state["config"])
-        net.load_state_dict(state["model"])
-    elif isinstance(state, dict) and "features.0.weight" in state:
-        net = VGG16()
-        net.load_state_dict(state)
-        if spec != "imagenet" and not sha256(path).startswith(published_digits(url)):
-            print(f"note: {spec} has VGG16's layout, but is not torchvision's file")
-    else:
-        raise SystemExit(f"--vgg {spec} is neither a copy of VGG16's weights nor a checkpoint of "
-                         f"miniature/train_vgg.py")
+        raise SystemExit(f"--vgg {spec} is neither a copy of {url} nor a checkpoint of miniature/"
+                         f"train_vgg.py ({reason}), or an old one (docs/running.md)") from error
+    if isinstance(net, VGG16) and spec != "imagenet" and not is_published(path, url):
+        print(f"note: {spec} has VGG16's layout, but is not torchvision's file")
     return net.requires_grad_(False).eval()
 
 

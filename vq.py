@@ -294,11 +294,12 @@ def load_tokenizer(path, device="cpu"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["component"] != "tokenizer":
             raise ValueError(f"it holds a {state['component']}")
+        model = VQModel(**state["config"])
+        model.load_state_dict(state["model"])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} is no checkpoint of train_tokenizer.py ({reason})") from error
-    model = VQModel(**state["config"])
-    model.load_state_dict(state["model"])
+        raise SystemExit(f"{path} is not a checkpoint of train_tokenizer.py ({reason}), or an old "
+                         f"one (docs/running.md)") from error
     model.requires_grad_(False).eval()
     return model.to(device, memory_format=torch.channels_last), state
 

@@ -73,6 +73,8 @@ def test_loaders_reject_other_files_and_run_no_code(tmp_path, vgg, tokenizer, pr
         assert same(dict(net.state_dict()), dict(state["model"])) and not net.training
         assert load is load_prior or not any(p.requires_grad for p in net.parameters())
         others = [torch.load(path, weights_only=True) for path in files.values() if path != good]
+        if load is not load_prior:  # of before a flag was renamed
+            others.append(state | {"config": state["config"] | {"old_name": 1}})
         bad = Path(f"not_for_{load.__name__}.pt")
         for content in (None, b"not one", [1, 2], {"a": 1}, *others, state | {"args": Code()}):
             if isinstance(content, bytes):
