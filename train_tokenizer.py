@@ -1,11 +1,7 @@
 """Train the tokenizer, SeQ-GAN (Secs. 3.3 and 3.4). The defaults are Table 9's ImageNet columns.
 
-    python train_tokenizer.py --data photos --vgg runs/vgg/ckpt.pt --image_size 32 --iters 1000 \\
-           --channels 16 32 64 --z_dim 32 --codebook_size 256 --disc_channels 16 64 \\
-           --batch_size 16 --lr 1.5e-3 --vq_warmup 100 --disc_warmup 500         # a laptop
-    torchrun --nproc_per_node=8 train_tokenizer.py --alpha 1 --data imagenet/train \\
-             --val imagenet/val                                               # eight GPUs
-    torchrun --nproc_per_node=8 train_tokenizer.py --phase 2    # starts from the last one's result
+    torchrun --nproc_per_node=8 train_tokenizer.py --data imagenet/train --val imagenet/val
+    torchrun --nproc_per_node=8 train_tokenizer.py --phase 2    # starts from phase 1's result
 
 Phase 1 (semantic compression) trains encoder, codebook and decoder with the semantic-enhanced
 perceptual loss, alpha 1. Phase 2 (details preservation) freezes encoder and codebook, adds
@@ -37,7 +33,7 @@ DEFAULTS = {  # phase 1, phase 2
 BETAS = {1: (0.9, 0.99), 2: (0.5, 0.9)}  # Adam's, Table 9
 ARCH_FLAGS = ("channels", "z_dim", "quantizer", "codebook_size", "attention", "extra_blocks",
               "commitment_weight", "entropy_weight")
-# What a run takes from the checkpoint of --init
+# The flags that are copied from the checkpoint of --init
 INHERITED_FLAGS = (*ARCH_FLAGS, "data", "val", "crop", "image_size", "disc_channels", "vgg",
                    "l1_weight", "perceptual_weight", "adv_weight", "r1_weight")
 PRINTED_METRICS = ("loss", "l1", "perceptual", "L_low", "L_sem", "commitment", "soft_entropy",
@@ -48,7 +44,7 @@ KMEANS_STEPS = range(0, 30_001, 2_000)  # Table 5 does not give the schedule. Th
 
 
 def build_parser():
-    """The flags, with phase 1's defaults."""
+    """The flags, with the defaults of phase 1."""
     parser = runtime.parser(__doc__)
     runtime.add_training_flags(parser)
     add, size = parser.add_argument, runtime.positive_int
@@ -56,27 +52,25 @@ def build_parser():
     add("--phase", type=int, choices=(1, 2), default=1,
         help="1: semantic compression, 2: details preservation, with the defaults "
              + " ".join(f"--{name} {values[1]}" for name, values in DEFAULTS.items()))
-    add("--init", help="tokenizer to start from; phase 2 needs one")
+    add("--init", help="tokenizer to start from; default: none, phase 2: runs/tokenizer/ckpt.pt")
     add("--lr_end", type=weight,
         help="learning rate at the end of the cosine decay; default: half of --lr, phase 2: --lr")
     add("--channels", type=size, nargs="+", default=[128, 128, 256, 256, 512],
-        help="width of each level; each level but the first halves the image")
+        help="channels of each level; each level but the first halves the image")
     add("--z_dim", type=size, default=256, help="dimension of a code, n_z")
     add("--quantizer", choices=vq.QUANTIZERS, default="vq", help="vq, or an alternative of Table 5")
     add("--codebook_size", type=size, help="number of codes K; default: 1024, factorized: 8192")
     add("--attention", type=number, help="pairs of block and dilated attention per decoder level")
-    add("--extra_blocks", type=number, default=0,
-        help="residual blocks added to each decoder level (Table 1: 2)")
-    add("--alpha", type=float, help="semantic ratio of Eq. 4, in [0, 1]")
+    add("--extra_blocks", type=number, default=0, help="added residual blocks per decoder level")
+    add("--alpha", type=float, help="semantic ratio of Eq. 4, from 0 (details) to 1 (semantics)")
     add("--perceptual_layers", nargs="+", choices=losses.LAYERS,
-        help="Table 6: these layers with weight 1 each, instead of --alpha")
-    add("--vgg", default="imagenet", help="imagenet (downloaded), a copy of torchvision's VGG16 "
-        "weights, or a checkpoint of miniature/train_vgg.py")
+        help="compare these layers, each with weight 1 (Table 6); default: the layers of --alpha")
+    add("--vgg", default="imagenet", help="perceptual network: imagenet (downloaded), a copy of "
+        "torchvision's VGG16 weights, or a checkpoint of miniature/train_vgg.py")
     # Eq. 2 adds its terms 1:1:1. The adversarial weight of 0.1 is MaskGIT's and ViT-VQGAN's.
-    add("--l1_weight", type=weight, default=1.0, help="weight of |x - x_hat|")
+    add("--l1_weight", type=weight, default=1.0, help="weight of the loss |x - x_hat|")
     add("--perceptual_weight", type=weight, default=1.0, help="weight of the perceptual loss")
-    add("--adv_weight", type=weight, default=0.1,
-        help="weight of the adversarial loss; 0: no discriminator")
+    add("--adv_weight", type=weight, default=0.1, help="weight of the adversarial loss; 0: off")
     add("--commitment_weight", type=weight, default=0.25, help="weight of the commitment term")
     add("--entropy_weight", type=weight,
         help="weight of the entropy term; default: 0.01, kmeans and factorized: 0")
@@ -85,10 +79,10 @@ def build_parser():
     add("--disc_warmup", type=number, default=20_000, help="steps over which the adversarial "
         "weight rises from 0; default with the discriminator of --init: 0")
     add("--disc_channels", type=size, nargs=2, default=[128, 512],
-        help="base and maximum width of the discriminator")
+        help="base and maximum number of channels of the discriminator")
     add("--r1_weight", type=weight, default=10.0, help="weight of the R1 penalty")
     add("--grad_checkpointing", action="store_true",
-        help="gradient checkpointing: less memory, activations are computed twice")
+        help="recompute activations in the backward pass: less memory, more time")
     parser.set_defaults(**{name: values[0] for name, values in DEFAULTS.items()})
     return parser
 
@@ -133,8 +127,8 @@ class Networks(NamedTuple):
 
 
 def encode(model, x, args):
-    """z_q, indices, terms. Phase 2's frozen encoder runs in fp32 (TF32 on a GPU), as priors are
-    trained on fp32 codes. A bf16 encoder changes about 1 % of them."""
+    """z_q, indices, terms. Phase 2's frozen encoder runs in fp32 (TF32 on a GPU), because priors
+    are trained on fp32 codes. A bf16 encoder changes about 1 % of them."""
     if args.phase == 1:
         return model.encode(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), runtime.tf32():
@@ -142,14 +136,12 @@ def encode(model, x, args):
 
 
 def adversarial_weight(step, args):
-    """Rises linearly from 0 over `disc_warmup` steps: an untrained discriminator degrades images.
-    """
+    """The weight rises linearly from 0, because an untrained discriminator degrades the images."""
     return args.adv_weight * min(1, step / args.disc_warmup if args.disc_warmup else 1)
 
 
 def tokenizer_loss(networks, x, step, args):
-    """Eq. 2 for a micro-batch x (b, 3, S, S) in [-1, 1] -> the loss, x_hat, and the loss's terms.
-    """
+    """Eq. 2 for a micro-batch x (b, 3, S, S) in [-1, 1] -> the loss, x_hat, and a dict of terms."""
     model, disc, perceptual = networks
     adv_weight = adversarial_weight(step, args) if disc else 0
     with runtime.autocast(x.device, args.dtype):
@@ -171,7 +163,7 @@ def tokenizer_loss(networks, x, step, args):
 
 
 def discriminator_loss(disc, x, x_hat, args):
-    """The discriminator's loss on images and reconstructions, and what is logged of it."""
+    """The discriminator's loss on images and reconstructions, and a dict of values to log."""
     with runtime.autocast(x.device, args.dtype):
         real_logits, fake_logits = disc(x), disc(x_hat)
     loss = losses.discriminator_loss(real_logits, fake_logits)
@@ -179,9 +171,8 @@ def discriminator_loss(disc, x, x_hat, args):
 
 
 def backward_r1(disc, x, weight):
-    """Backward pass of weight * R1, in fp32 (TF32 on a GPU, precise enough for a penalty). Groups
-    of eight images bound the memory, and keep the minibatch standard deviation's groups of four.
-    Returns the penalty."""
+    """Backward pass of weight * R1 -> R1. It takes eight images at a time, which bounds the memory
+    and keeps the groups of four of minibatch_stddev."""
     total = torch.zeros((), device=x.device)
     for part in x.split(8):
         # fp32; TF32 is precise enough for a penalty. `.forward` bypasses the compiled module.
@@ -195,7 +186,7 @@ def backward_r1(disc, x, weight):
 # ---------------------------------------------------------------------------------- validation
 
 def validate(networks, val, run, args, device):
-    """Means over at most 5,000 validation images, usage and perplexity of the codes."""
+    """Means over at most 5,000 validation images, and usage and perplexity of their codes."""
     model, _, perceptual = networks
     names = ["l1", "psnr", "perceptual", *losses.LAYERS]
     total = torch.zeros(len(names) + 1, device=device)
@@ -218,8 +209,7 @@ def validate(networks, val, run, args, device):
     means["L_low"] = sum(means[layer] for layer in losses.LOW_LAYERS)  # both sums of Eq. 4, which
     means["L_sem"] = sum(means[layer] for layer in losses.SEM_LAYERS)  # compare runs of any alpha
     usage, perplexity, H = vq.usage_and_perplexity(runtime.all_reduce_sum(histogram))
-    positions = min(len(val), 5000) * (args.image_size // model.f) ** 2
-    if usage < 0.5 * min(1, positions / args.codebook_size):
+    if usage < 0.5 * min(1, histogram.sum() / args.codebook_size):
         runtime.print0(f"warning: only {100 * usage:.1f} % of the codes are used on the validation "
                        f"set (a soft-usage entropy near ln K does not rule this out)")
     return means | {"usage": usage, "perplexity": perplexity, "code_entropy": H}
@@ -259,7 +249,7 @@ def build_models(args, device, init=None):
         attention = tuple(f"{name}." for name, part in model.named_modules()
                           if isinstance(part, vq.BlockAttention))
         new = {name: value for name, value in model.state_dict().items()
-               if name.startswith(attention)}  # new layers keep their zero output
+               if name.startswith(attention)}  # new attention layers keep their zero output
         try:
             model.load_state_dict(new | state["model"])
             if disc and "disc" in state:  # an untrained discriminator degrades the images
@@ -267,11 +257,11 @@ def build_models(args, device, init=None):
         except RuntimeError as error:
             raise SystemExit(f"{init} does not fit --image_size or the flags of the architecture"
                              ) from error
-    if args.phase == 2:  # a prior trained on phase 1's codes stays valid
+    if args.phase == 2:  # priors trained on phase 1's codes stay valid
         model.encoder.requires_grad_(False)
         model.quantizer.requires_grad_(False)
     if disc:
-        disc.requires_grad_(False)  # but for its own step
+        disc.requires_grad_(False)  # except in its own step
         disc.to(device, memory_format=torch.channels_last)
     return model.to(device, memory_format=torch.channels_last), disc
 

@@ -146,8 +146,8 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------- quantizer
 
 def global_mean(tensor):
-    """Mean over the processes of torch.distributed, if there are several. Its gradient is that of
-    the local tensor: averaging gradients over processes, as DDP does, then gives the mean's."""
+    """Mean over all processes of torch.distributed. The gradient is that of the local tensor: if
+    gradients are averaged over processes, as DDP does, they are those of the mean."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     total = tensor.detach().clone()
@@ -166,7 +166,8 @@ def all_gather_rows(tensor):
 
 
 class Quantizer(nn.Module):
-    """Nearest code (Eq. 1), the last two terms of Eq. 2, Sec. 3.4's entropy term. Always fp32.
+    """The nearest code (Eq. 1), the last two terms of Eq. 2, and the entropy term of Sec. 3.4. All
+    is computed in fp32.
 
     A replacement must provide
         constructor        (codebook_size, z_dim, beta, gamma), and the attribute codebook_size
@@ -289,7 +290,7 @@ class VQModel(nn.Module):
 
 def load_tokenizer(path, device="cpu"):
     """A checkpoint of train_tokenizer.py -> the model, frozen and in eval mode, and the whole
-    checkpoint, whose "args" are the flags it was trained with."""
+    checkpoint, a dict whose "args" are the flags of the run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["component"] != "tokenizer":
@@ -305,7 +306,7 @@ def load_tokenizer(path, device="cpu"):
 
 
 def fingerprint(model):
-    """Hash of the encoder and the codebook, which determine the codes. Phase 2 keeps it."""
+    """Hash of the encoder and the codebook, which determine the codes. Phase 2 keeps both."""
     digest = hashlib.sha256()
     for part in (model.encoder, model.quantizer):
         for name, p in sorted(part.named_parameters()):
@@ -338,8 +339,8 @@ def kmeans(points, K, seed, rounds=10):
 
 
 class Factorized(Quantizer):
-    """ViT-VQGAN's: codes and features with 32 dimensions on the unit sphere; z_q is projected back.
-    """
+    """ViT-VQGAN's quantizer: features are projected to 32 dimensions and compared with the codes on
+    the unit sphere. z_q is projected back to n_z dimensions."""
 
     def __init__(self, codebook_size, z_dim, beta=0.25, gamma=0.0, dim=32):
         down, up = nn.Linear(z_dim, dim), nn.Linear(dim, z_dim)

@@ -2,10 +2,10 @@
 
     python miniature/train_vgg.py --data birds --image_size 64
 
-Its ckpt.pt goes to `train_tokenizer.py --vgg` and to `fid.py --feature_net`. It learns the classes,
-or the kinds of all parts of `shapes`, one softmax per part. Inputs are blurred, faded, noisy and,
-with --fgsm_eps, adversarially perturbed, so that networks of different seeds agree on
-reconstructions. It runs in one process.
+Its ckpt.pt is for `train_tokenizer.py --vgg` and `fid.py --feature_net`. The network learns the
+classes, or for `shapes` the kinds of all parts, with one softmax per part. Its inputs are blurred,
+faded, noisy and adversarially perturbed, so that networks of different seeds agree on
+reconstructions. The script runs in one process.
 """
 import argparse
 import sys
@@ -28,20 +28,20 @@ def parse():
     runtime.add_training_flags(parser, out="runs/vgg", iters=1500, batch_size=64, lr=2e-3,
                                image_size=64, log_every=100)
     parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
-                        default=[16, 32, 64, 96, 128],
-                        help="width of each stage")
+                        default=[16, 32, 64, 96, 128], help="channels of each stage")
     parser.add_argument("--fgsm_eps", type=runtime.at_least(0, float), default=0.05,
-                        help="FGSM epsilon (of [-1, 1]): each batch is learned a second time, "
-                             "adversarially perturbed. Otherwise a decoder learns patterns that "
-                             "only this network likes. 0: off, for classes with few images")
+                        help="final FGSM epsilon, for images in [-1, 1]: each batch is used again "
+                             "with an adversarial perturbation, because a decoder learns patterns "
+                             "that deceive a network trained without. 0: off, for classes with "
+                             "few images")
     given, defaults = runtime.parse_flags(parser)
     saved = runtime.resumed_flags(given, defaults, "vgg")
     return argparse.Namespace(**defaults | saved | given)
 
 
 def perturb(x, generator):
-    """What reconstructions suffer: blur half of the batch, take colour and contrast away, add
-    blotches and noise. x (B, 3, S, S) in [-1, 1] -> the same shape."""
+    """Imitate the errors of reconstructions: blur half of the images, reduce color and contrast,
+    add blotches and noise. x (B, 3, S, S) in [-1, 1] -> the same shape, not clamped."""
     def uniform():
         return torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
 
@@ -57,15 +57,15 @@ def perturb(x, generator):
 
 
 def cross_entropy(logits, labels, kinds, **options):
-    """Sum over the softmaxes: logits (B, sum(kinds)), labels (B,) -> scalar, and each one's
-    accuracy, (len(kinds),)."""
+    """logits (B, sum(kinds)), labels (B,) -> cross-entropy, summed over the softmaxes, and the
+    accuracy of each softmax, (len(kinds),)."""
     parts = list(zip(logits.float().split(kinds, 1), torch.unravel_index(labels, kinds)))
     right = torch.stack([(part.argmax(1) == y).float().mean() for part, y in parts])
     return sum(F.cross_entropy(part, y, **options) for part, y in parts), right
 
 
 def validate(net, val, run, args, device):
-    """Cross-entropy and accuracy on the validation set; the latter of each softmax, too."""
+    """Cross-entropy, mean accuracy and the accuracy of each softmax, on the validation set."""
     loss = right = n = 0
     images = data.EvalImages(val, args.image_size)
     batches = data.eval_loader(images, 200, 0, device, 5000)
@@ -82,8 +82,8 @@ def validate(net, val, run, args, device):
 
 
 def measure_scale(net, batches, device):
-    """The perceptual loss divides each layer by the variance of each element over training images,
-    averaged over elements."""
+    """Set layer_scale, by which the perceptual loss divides each layer: the variance over training
+    images, averaged over the layer's features."""
     n, sums, squares = 0, [0] * len(losses.LAYERS), [0] * len(losses.LAYERS)
     for images, _ in batches:
         with runtime.eval_mode(net, device, "fp32"):
@@ -110,7 +110,7 @@ def main():
     if len(source.classes) < 2:
         raise SystemExit(f"--data {args.data} has no classes, or one: a classifier needs a folder "
                          f"of class folders, or torchvision:NAME")
-    source.fine = val.fine = True  # of shapes all parts; others don't look at it
+    source.fine = val.fine = True  # labels of `shapes` are those of all parts; others ignore it
     kinds = getattr(source, "kinds", [len(source.classes)])
     torch.manual_seed(args.seed)
     net = losses.SmallVGG(args.widths, kinds).to(device, memory_format=torch.channels_last)
