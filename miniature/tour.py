@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import vq  # noqa: E402
 from miniature import figures  # noqa: E402
-from transformer import load_prior  # noqa: E402
+from transformer import load_prior, maskgit  # noqa: E402
 
 
 def enlarge(maps, side):
@@ -80,6 +80,16 @@ def sampling_frames(prior, tokenizer, labels, seed, **options):
     return np.stack([*frames, final], 1)
 
 
+@torch.no_grad()
+def completion(prior, tokenizer, s, labels, seed):
+    """Images (n, H, W, 3) whose upper half of the codes s (n, h, w) a NAR prior has replaced."""
+    tokens = s.flatten(1).clone()
+    tokens[:, :prior.length // 2] = prior.mask_id
+    torch.manual_seed(seed)
+    tokens = maskgit(tokens, lambda t: prior(t, labels), 12, prior.mask_id, choice_temperature=9.0)
+    return figures.to_pixels(tokenizer.decode_indices(tokens.view_as(s)))
+
+
 def plot_usage(folder, path):
     """Codebook usage against the step, with and without the entropy term (rows of Table 5)."""
     figure, (axis,) = figures.subplots(1, 1)
@@ -103,7 +113,7 @@ def main():
     args = parser.parse_args()
     out, folders = Path(args.out), figures.alpha_folders(args.run)
     out.mkdir(parents=True, exist_ok=True)
-    baseline, _, x, _, s_baseline, _ = figures.load_alpha(folders[0], 10)
+    baseline, _, x, parts, s_baseline, _ = figures.load_alpha(folders[0], 10)
     phase1, phase2, _, _, s, predicted = figures.load_alpha(folders[1], 10)
     inputs, images0, images1, images2, predictions = map(figures.to_pixels, (
         x, baseline.decode_indices(s_baseline), phase1.decode_indices(s), phase2.decode_indices(s),
@@ -128,6 +138,12 @@ def main():
         names = [state["classes"][label] for label in labels]
         frames = sampling_frames(prior, phase2, labels, 1, **options)
         figures.image_sheet(out / f"{kind}.png", list(zip(names, frames)))
+    lower = images2.copy()  # of the loop above, `prior` is the NAR prior
+    lower[:, :x.shape[-1] // 2] = 200
+    figures.image_sheet(out / "complete.png", [
+        ("reconstruction", images2), ("known codes", lower)] + [
+        (f"completion {seed + 1}", completion(prior, phase2, s, parts[:, 0], seed))
+        for seed in range(3)])
     if args.ablations:
         plot_usage(args.ablations, out / "usage.png")
 
