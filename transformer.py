@@ -16,7 +16,6 @@ The prefix c is the class embedding, without classes one learned vector. A train
 
 and `model.eval().generate(64, labels)` samples the codes of 64 images.
 """
-import functools
 import math
 
 import torch
@@ -75,12 +74,11 @@ class Transformer(nn.Module):
         self.config = {"kind": kind, "size": size, "codebook_size": codebook_size,
                        "length": length, "num_classes": num_classes, "dropout": dropout,
                        "null_class": null_class}
-        self.kind, self.codebook_size, self.length = kind, codebook_size, length
-        self.num_classes = num_classes
-        self.mask_id = codebook_size  # NAR's mask token has its own embedding
+        self.kind, self.length, self.num_classes = kind, length, num_classes
+        self.codebook_size = self.mask_id = codebook_size  # NAR's mask token is code K
         self.heads, d = SIZES[size]["heads"], SIZES[size]["width"]
         nar, blocks = kind == "nar", SIZES[size]["blocks"]
-        self.tok_emb = nn.Embedding(codebook_size + nar, d)  # the first K rows are tied to the head
+        self.tok_emb = nn.Embedding(codebook_size + nar, d)  # the head shares the first K rows
         self.pos_emb = nn.Embedding(length + nar, d)  # position 0 is the prefix; AR never reads s_N
         self.cls_emb = nn.Embedding(max(num_classes, 1) + null_class, d)
         self.drop = nn.Dropout(dropout)
@@ -96,16 +94,15 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def param_groups(self, weight_decay=1e-2):
-        """AdamW's groups. Table 10 gives weight_decay 1e-2, but not what it applies to. Here it
-        applies to the linear layers' matrices, not to biases, norms and embeddings (the tied head
-        is one)."""
+        """AdamW's groups. Table 10 gives weight_decay 1e-2, but not for which weights. Here it is
+        for the matrices of linear layers, not for biases, norms, embeddings and the tied head."""
         decay = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.parameters() if all(p is not w for w in decay)]
         return [{"params": decay, "weight_decay": weight_decay},
                 {"params": others, "weight_decay": 0.0}]
 
     def forward(self, indices, labels=None):
-        """Logits of every code: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
+        """Logits of each position: indices (B, N) int64, labels (B,) int64 -> (B, N, K) float32.
 
         AR: row i depends on s_<i and the label; its argmax is the view of Sec. 3.2.
         NAR: masked codes are `mask_id` = K. The label `num_classes` is the null class."""
@@ -119,7 +116,8 @@ class Transformer(nn.Module):
 
     def _class_embedding(self, labels, batch):
         if bool(self.num_classes) != (labels is not None):
-            raise ValueError(f"labels: a prior of {self.num_classes} classes needs them, of 0 none")
+            raise ValueError(f"labels: needed by a prior with classes only; num_classes is "
+                             f"{self.num_classes}")
         if labels is None:
             labels = torch.zeros(batch, dtype=torch.long, device=self.cls_emb.weight.device)
         return self.cls_emb(labels)[:, None]  # (B, 1, d)
@@ -133,7 +131,7 @@ class Transformer(nn.Module):
         """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to
         predict. All randomness comes from u (B, N + 2), uniform in [0, 1).
 
-        NAR: a random mask on s gives s_m. AR: tokens are the indices, and all are predicted.
+        NAR: a random mask turns s into s_m. AR: tokens are the indices, and all are predicted.
         A label becomes the null class with probability `label_dropout`."""
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.num_classes, labels)
@@ -145,8 +143,8 @@ class Transformer(nn.Module):
     def loss(self, logits, indices, mask):
         """Eq. 3 -> (total, count): nats summed over the predicted codes, and their number.
 
-        Masks differ in size, so micro-batches and processes must add up both. In training mode
-        NAR's targets are smoothed by 0.1, as MaskGIT's; the paper does not specify it."""
+        Masks differ in size, so add up both over micro-batches and processes before dividing. In
+        training mode NAR's targets are smoothed by 0.1, as in MaskGIT; the paper does not say."""
         smoothing = 0.1 if self.kind == "nar" and self.training else 0.0
         nll = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="none",
                               label_smoothing=smoothing)
@@ -215,12 +213,15 @@ class Transformer(nn.Module):
 
 
 class CUDAGraph:
-    """call(), recorded at the fourth time and replayed from then on: launching a few hundred small
-    kernels one by one takes longer than running them. All state of `call` must stay on the device
-    at fixed addresses."""
+    """A function that is recorded at its fourth call and replayed from then on: launching a few
+    hundred small kernels one by one takes longer than running them. All state of `call` must stay
+    on the device at fixed addresses."""
+
+    stream = None  # one for all graphs, because cuBLAS allocates a 32 MiB workspace per stream
 
     def __init__(self, call):
-        self.call, self.calls, self.stream = call, 0, capture_stream()
+        self.call, self.calls = call, 0
+        CUDAGraph.stream = CUDAGraph.stream or torch.cuda.Stream()
 
     def __call__(self):
         self.calls += 1
@@ -237,12 +238,6 @@ class CUDAGraph:
             with torch.cuda.graph(self.graph, stream=self.stream):  # recorded, not run
                 self.call()
         self.graph.replay()
-
-
-@functools.cache
-def capture_stream():
-    """One stream for all graphs: cuBLAS allocates a 32 MiB workspace per stream."""
-    return torch.cuda.Stream()
 
 
 def sample_mask(r, noise):
@@ -308,26 +303,28 @@ def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0
 
 def load_prior(path, device="cpu"):
     """A checkpoint of train_prior.py -> the model in eval mode, and the whole checkpoint."""
+    hint = ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["component"] != "prior":
             raise ValueError(f"it holds a {state['component']}")
+        hint = ". docs/running.md converts checkpoints made before 2026-12-01"
+        model = Transformer(**state["config"])
+        model.load_state_dict(state["model"])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} is no checkpoint of train_prior.py ({reason})") from error
-    model = Transformer(**state["config"])
-    model.load_state_dict(state["model"])
+        raise SystemExit(f"{path} can't be loaded as a checkpoint of train_prior.py ({reason})"
+                         f"{hint}") from error
     # Not frozen: autocast caches bf16 copies only of weights that require gradients.
     return model.eval().to(device), state
 
 
 if __name__ == "__main__":
     print("model                 parameters   paper    differs by")
-    for size, classes, paper in [("base", 1000, 172e6), ("large", 1000, 305e6), ("base", 0, 171e6)]:
+    for size, classes, paper in [("base", 1000, 172), ("large", 1000, 305), ("base", 0, 171)]:
         for kind in ("ar", "nar"):
             with torch.device("meta"):
                 model = Transformer(kind, size, num_classes=classes)
-            ours = sum(p.numel() for p in model.parameters())
+            ours = sum(p.numel() for p in model.parameters()) / 1e6
             name = f"{kind.upper()} {size}" + ("" if classes else ", no classes")
-            percent = 100 * (ours / paper - 1)
-            print(f"{name:21} {ours / 1e6:9.2f}M  {paper / 1e6:5.0f}M  {percent:+9.2f} %")
+            print(f"{name:21} {ours:9.2f}M  {paper:5}M  {100 * ours / paper - 100:+9.2f} %")

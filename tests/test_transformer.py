@@ -10,7 +10,7 @@ from conftest import same
 from scipy import stats
 
 import transformer
-from transformer import Transformer, maskgit, sample, sample_mask
+from transformer import Transformer, load_prior, maskgit, sample, sample_mask
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +135,16 @@ def test_weight_decay_is_on_the_matrices_of_the_linear_layers_only():
     assert {names[id(p)] for p in decay["params"]} == {
         f"blocks.{b}.{part}.weight" for b in range(2) for part in ("qkv", "proj", "fc1", "fc2")}
     assert len(decay["params"]) + len(rest["params"]) == len(names)
+
+
+@pytest.mark.parametrize("part, new, old", [("config", "num_classes", "classes"),
+                                            ("model", "tok_emb.weight", "code.weight")])
+def test_a_checkpoint_of_before_the_renaming_names_its_conversion(prior, part, new, old):
+    state = torch.load(prior)
+    state[part][old] = state[part].pop(new)
+    torch.save(state, prior)
+    with pytest.raises(SystemExit, match=f"{prior}.*running.md"):
+        load_prior(prior)
 
 
 # ---------------------------------------------------------------- training
