@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_prior.py --kind nar --size large --views 10    # eight GPUs
 
 All processes first encode the data set, several augmented views per image, into a code cache.
-Training then reads only the cache.
+Training reads only the cache.
 """
 import argparse
 import fcntl
@@ -22,12 +22,9 @@ import vq
 from transformer import SIZES, Transformer
 
 # Table 10, ImageNet: "exponential, end_lr 5e-6, start_iter 80,000" and "linear, end_lr 0,
-# start_iter 50,000", here as fractions of --lr and --iters, so that shorter runs decay as well.
+# start_iter 50,000". Here they are fractions of --lr and --iters, so that short runs decay as well.
 DEFAULTS = {"lr_end": {"ar": 5e-6 / 1e-4, "nar": 0.0},
             "decay_start": {"ar": 80_000 / 1_500_000, "nar": 50_000 / 1_500_000}}
-INHERITED_FLAGS = ("data", "val", "crop", "image_size")  # what a prior takes from its tokenizer
-PRINTED_METRICS = ("loss", "loss_little_context", "loss_much_context", "unigram_entropy",
-                   "skipped")
 
 
 def parse():
@@ -37,27 +34,28 @@ def parse():
     add("--tokenizer", default="runs/tokenizer/ckpt.pt",
         help="checkpoint of train_tokenizer.py, of either phase")
     add("--kind", choices=("ar", "nar"), default="ar", help="autoregressive, or masked (MaskGIT)")
-    add("--size", choices=SIZES, default="base", help="Table 8; tiny is ours, for a CPU")
+    add("--size", choices=SIZES, default="base", help="size (Table 8); tiny is ours, for a CPU")
     add("--num_classes", type=runtime.at_least(0),
-        help="0: unconditional; default: the number of classes in the data")
-    add("--dropout", type=runtime.at_least(0, float), default=0.1, help="dropout rate, Table 8")
+        help="number of classes; 0: unconditional; default: as many as the data have")
+    add("--dropout", type=runtime.at_least(0, float), default=0.1, help="dropout rate (Table 8)")
     add("--label_dropout", type=runtime.at_least(0, float), default=0.0,
         help="fraction of labels replaced by the null class, for guidance; the paper uses none")
     add("--lr_end", type=runtime.at_least(0, float),
-        help="learning rate at the last step; default: --lr / 20, NAR 0")
+        help="learning rate at the last step; default: ar --lr / 20, nar 0")
     add("--decay_start", type=runtime.at_least(0),
-        help="step at which the decay begins; default: 80/1500 of --iters, NAR 50/1500")
+        help="step at which the decay begins; default: ar --iters * 80/1500, nar --iters * 50/1500")
     add("--views", type=runtime.positive_int,
         help="augmented views per image; default: 4, with --crop center 1")
-    add("--code_cache", help="folder of the code cache, to share it; default: codes/ in --out")
+    add("--code_cache", help="folder of the code cache; default: codes/ in --out")
     given, defaults = runtime.parse_flags(parser)
 
-    # Precedence: the defaults, then the checkpoint's flags, then the command line's.
+    # The command line overrides the checkpoint's flags, and these override the defaults. A new
+    # prior takes some from its tokenizer.
     saved = runtime.resumed_flags(given, defaults, "prior")
     if not saved:
         path = given.get("tokenizer", defaults["tokenizer"])
         state = runtime.load_checkpoint(path, "tokenizer", mmap=True)
-        saved = {name: state["args"][name] for name in INHERITED_FLAGS}
+        saved = {name: state["args"][name] for name in ("data", "val", "crop", "image_size")}
         if "data" in given:
             saved.pop("val", None)
     args = argparse.Namespace(**defaults | saved | given)
@@ -76,7 +74,7 @@ class AugmentedViews(data.TrainImages):
 
     def __init__(self, source, size, crop, views):
         super().__init__(source, size, crop, seed=0)  # not --seed: all seeds share a cache
-        self.crop, self.views = crop, views
+        self.views = views
 
     def __len__(self):
         return len(self.source) * self.views
@@ -85,17 +83,18 @@ class AugmentedViews(data.TrainImages):
         return self.view(row // self.views, row)
 
 
-def build_code_cache(folder, views, model, args, device):
+def build_code_cache(folder, views, model, fingerprint, args):
     """Encode all views with all processes -> a memory-mapped array of records with `codes` (N,)
     and `label`, in the order of the views.
 
-    Process 0 appends the rows to one file, in order: its size tells how far an interrupted run
-    came. Its name is a hash of all that the codes depend on, so a stale cache is never used."""
-    K, N, b = model.quantizer.codebook_size, (args.image_size // model.f) ** 2, 32
+    Process 0 appends the rows to one file, in order: the file's size tells how far an interrupted
+    run came. The name is a hash of all that the codes depend on (fingerprint: the model's), so a
+    stale cache is never used."""
+    K, N, b = model.quantizer.codebook_size, (views.size // model.f) ** 2, 32
     row_type = np.dtype([("codes", np.uint16 if K < 2 ** 16 else np.uint32, N),
                          ("label", np.int32)])
-    depends_on = (vq.fingerprint(model), data.content_hash(views.source), views.crop, views.views,
-                  args.image_size)
+    device = next(model.parameters()).device
+    depends_on = (fingerprint, data.content_hash(views.source), views.crop, views.views, views.size)
     name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
     path, total, done, file = Path(f"{folder}-{name}.bin"), len(views), 0, None
     if runtime.is_main():
@@ -104,18 +103,18 @@ def build_code_cache(folder, views, model, args, device):
             file = open(path, "ab")
         fcntl.lockf(file, fcntl.LOCK_EX)  # waits for another run that encodes the same
         done = file.seek(0, 2) // row_type.itemsize
-        if done < total:  # batches begin at multiples of 32: equal batches round alike
+        if done < total:  # batches begin at multiples of 32, because equal batches round alike
             done = done // b * b
             file.truncate(done * row_type.itemsize)
     done = int(runtime.all_reduce_max(done))
 
-    # Batch i is encoded by process i % world_size. The last ones repeat the last view.
+    # Batch i is encoded by process i % world_size. The last batches repeat the last view.
     world_size, progress = runtime.world_size(), runtime.Progress(total, done, every=10)
     count = math.ceil((total - done) / (b * world_size)) * world_size
     rows = np.minimum(np.arange(done, done + count * b), total - 1).reshape(count, b)
     mine = rows[runtime.rank()::world_size].tolist()
     for images, labels in data.loader(views, mine, args.workers, device):
-        with torch.no_grad():  # fp32: bf16 would change about 1 % of the codes
+        with torch.no_grad():  # in fp32, because bf16 would change about 1 % of the codes
             codes = model.encode(data.to_float(images, device))[1].flatten(1)
         codes, labels = (vq.all_gather_rows(t).cpu().numpy() for t in (codes, labels.to(device)))
         done += len(codes)
@@ -144,24 +143,17 @@ def load_codes(cache, rows, args, device):
     records = cache[rows]
     indices, labels = (torch.from_numpy(records[name].astype(np.int64))
                        for name in ("codes", "label"))
-    if device.type == "cuda":  # a copy from pinned memory does not wait for queued work
+    if device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
         indices, labels = indices.pin_memory(), labels.pin_memory()
     indices, labels = (t.to(device, non_blocking=True) for t in (indices, labels))
     return indices, labels if args.num_classes else None
 
 
-def unigram_entropy(cache, K):
-    """Entropy in nats of the codes of up to 20,000 rows: the loss of a prior without context."""
-    codes = cache[data.evenly_spaced(len(cache), 20_000)]["codes"].astype(np.int64)
-    histogram = torch.bincount(torch.from_numpy(codes).flatten(), minlength=K)
-    return vq.usage_and_perplexity(histogram)[2]
-
-
 # --------------------------------------------------------------------------------------- training
 
 def learning_rate(step, args):
-    """Constant until `decay_start`; then AR exponentially and NAR linearly to `lr_end` at the last
-    step (Table 10)."""
+    """Table 10: constant until `decay_start`, then a decay to `lr_end` at the last step. AR decays
+    exponentially, NAR linearly."""
     start, end = args.decay_start, args.lr_end
     start = round(DEFAULTS["decay_start"][args.kind] * args.iters) if start is None else start
     end = DEFAULTS["lr_end"][args.kind] * args.lr if end is None else end
@@ -174,7 +166,7 @@ def learning_rate(step, args):
 def prior_step(model, micro_batches, args):
     """Forward and backward pass on micro-batches of (indices, tokens, labels, mask). Returns this
     process's part of the loss."""
-    # Masks differ in size: the mean is over the masked tokens of the global batch.
+    # Masks differ in size. The loss is the mean over the masked tokens of the global batch.
     count = sum(mask.sum() for *_, mask in micro_batches).float()
     count = runtime.all_reduce_sum(count) / runtime.world_size()
     total = 0
@@ -198,8 +190,8 @@ def context_masks(kind, mask):
 
 
 def validate(model, cache, args, device):
-    """Loss in nats per predicted token on at most 5,000 images, always with the same masks: of all,
-    and of those with little and with much context."""
+    """Loss in nats per predicted token on at most 5,000 images: of all tokens, and of those with
+    little and with much context. The masks are the same in each validation."""
     chosen = data.evenly_spaced(len(cache), 5000)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand(len(chosen), model.length + 2, generator=generator)
@@ -222,46 +214,49 @@ def main():
     args = parse()
     device, compiled = runtime.setup(args)
     runtime.micro_batch_size(args)  # checks that the batch is divisible
-    run = runtime.Run(args, "prior", PRINTED_METRICS)
+    run = runtime.Run(args, "prior", shown=("loss", "loss_little_context", "loss_much_context",
+                                            "unigram_entropy", "skipped"))
     tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
     if args.image_size != saved["args"]["image_size"]:
         raise SystemExit(f"--image_size {args.image_size}, but {args.tokenizer} was trained at "
                          f"{saved['args']['image_size']}")
     source, val = data.open_data(args, labels=args.num_classes != 0)
-    if args.num_classes is None:
-        args.num_classes = len(source.classes)
-    if args.num_classes not in (0, len(source.classes)):
-        raise SystemExit(f"--num_classes {args.num_classes}, but the data have "
-                         f"{len(source.classes)} classes")
+    C = len(source.classes)
+    args.num_classes = C if args.num_classes is None else args.num_classes
+    if args.num_classes not in (0, C):
+        raise SystemExit(f"--num_classes {args.num_classes}, but the data have {C} classes")
     if args.label_dropout and not args.num_classes:
         raise SystemExit("--label_dropout needs classes")
 
-    # Adam in Secs. 4.2 and 4.3, AdamW in Table 10: we follow the table, which is more specific.
+    # Secs. 4.2 and 4.3 say Adam, Table 10 AdamW. We follow the table, which is more specific.
     torch.manual_seed(args.seed)
     K, grid = tokenizer.quantizer.codebook_size, args.image_size // tokenizer.f
     model = Transformer(args.kind, args.size, K, grid ** 2, args.num_classes, args.dropout,
                         null_class=args.label_dropout > 0).to(device)
     opt = torch.optim.AdamW(model.param_groups(weight_decay=1e-2), betas=(0.9, 0.96), fused=True)
-    constants = {"config": model.config, "tokenizer": vq.fingerprint(tokenizer), "grid": grid,
+    fingerprint = vq.fingerprint(tokenizer)
+    constants = {"config": model.config, "tokenizer": fingerprint, "grid": grid,
                  "classes": list(source.classes), "content": data.content_hash(source)}
     start, state = run.resume(constants, model=model, opt=opt)
-    if state.get("tokenizer", constants["tokenizer"]) != constants["tokenizer"]:
-        raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on")
+    if state.get("tokenizer", fingerprint) != fingerprint:
+        raise SystemExit(f"{args.tokenizer} is not the tokenizer that {args.out} was trained on: "
+                         f"pass that one, or start a new prior with another --out")
 
     if compiled:
         tokenizer.encoder.compile(dynamic=False)
+        model.compile(dynamic=False)
     folder = Path(args.code_cache or run.out / "codes")
     train_views = AugmentedViews(source, args.image_size, args.crop, args.views)
     val_views = AugmentedViews(val, args.image_size, "center", 1)
-    cache = build_code_cache(folder / "train", train_views, tokenizer, args, device)
-    val_cache = build_code_cache(folder / "val", val_views, tokenizer, args, device)
-    H = unigram_entropy(cache, K)
+    cache = build_code_cache(folder / "train", train_views, tokenizer, fingerprint, args)
+    val_cache = build_code_cache(folder / "val", val_views, tokenizer, fingerprint, args)
+    # The entropy of the codes is the loss of a prior that ignores the context.
+    codes = cache[data.evenly_spaced(len(cache), 20_000)]["codes"].astype(np.int64)
+    H = vq.usage_and_perplexity(torch.from_numpy(codes).flatten().bincount(minlength=K))[2]
     runtime.print0(f"{len(cache)} rows of {grid ** 2} codes; unigram entropy {H:.3f}, ln K "
                    f"{math.log(K):.3f} nats per token")
     del tokenizer, saved
 
-    if compiled:
-        model.compile(dynamic=False)
     averages, images = runtime.Averages(), len(source)
     model.train()
     for step in range(start, args.iters + 1):
@@ -282,8 +277,7 @@ def main():
         if step == args.iters:
             break
 
-        # The noise is drawn for the global batch, each process takes its rows. Dropout is drawn
-        # per process.
+        # Noise is drawn for the global batch; a process takes its rows. Dropout is per process.
         generator = torch.Generator().manual_seed(runtime.mix_seeds(args.seed, step))
         noise = torch.rand(args.batch_size, grid ** 2 + 2, generator=generator)
         torch.manual_seed(runtime.mix_seeds(args.seed, step, runtime.rank()))

@@ -59,9 +59,9 @@ def encoded(monkeypatch):
 
 
 def encode(folder, tokenizer, source, crop="random", views=2, size=16):
-    args, model = Namespace(image_size=size, workers=0), vq.load_tokenizer(tokenizer)[0]
+    model, args = vq.load_tokenizer(tokenizer)[0], Namespace(workers=0)
     views = train_prior.AugmentedViews(source, size, crop, views)
-    return train_prior.build_code_cache(folder, views, model, args, CPU)
+    return train_prior.build_code_cache(folder, views, model, vq.fingerprint(model), args)
 
 
 def read_cache(run, split):
@@ -131,9 +131,8 @@ def test_a_codebook_of_more_than_65535_codes(tokenizer, tmp_path):
     codebook = model.quantizer.codebook.data
     model.quantizer.codebook.data = torch.cat([codebook + 100] * 4374 + [codebook])
     model.quantizer.codebook_size = 70_000
-    args = Namespace(image_size=4, workers=0)
-    views = train_prior.AugmentedViews(Shapes(), 4, "center", 1)
-    codes = train_prior.build_code_cache(tmp_path / "a", views, model, args, CPU)["codes"]
+    views, args = train_prior.AugmentedViews(Shapes(), 4, "center", 1), Namespace(workers=0)
+    codes = train_prior.build_code_cache(tmp_path / "a", views, model, "", args)["codes"]
     x = data.to_float(torch.stack([views[i][0] for i in range(32)]), CPU)  # as in the cache
     assert codes.min() >= 69_984 and np.array_equal(codes[:32], model.encode(x)[1].flatten(1))
 
