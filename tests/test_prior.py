@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PRIOR, launch, lines, load, save_prior, save_tokenizer
+from conftest import PRIOR, launch, lines, load, noise, save_prior, save_tokenizer
 from PIL import Image
 
 import data
+import losses
 import runtime
 import sample
 import train_prior
@@ -84,8 +85,10 @@ def to_pixels(images):
 
 
 def cells(path, columns):
-    """The 16 x 16 images of a grid, row by row; it enlarges them six times."""
-    grid = np.asarray(Image.open(path))[::6, ::6][2:, 2:].astype(int)
+    """The 16 x 16 images of a sheet, row by row. They are enlarged six times, and names stand on
+    their left."""
+    grid = np.asarray(Image.open(path))[:, -6 * (18 * columns + 2):]
+    grid = grid[::6, ::6][2:, 2:].astype(int)
     grid = grid.reshape(-1, 18, columns, 18, 3).swapaxes(1, 2)
     return grid[:, :, :16, :16].reshape(-1, 16, 16, 3)
 
@@ -372,14 +375,6 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     assert one.namelist() == two.namelist()
     for a, b in zip(one.infolist(), two.infolist()):
         assert one.read(a) == two.read(b) and a.compress_type == b.compress_type
-    assert np.array_equal(cells(tmp_path / "a/grid.png", 8)[:12], saved["arr_0"])
-    script("sample", *words, "--labels", "cone", 0, "--count", 20, "--out", tmp_path / "c")
-    grid = np.asarray(Image.open(tmp_path / "c/grid.png"))  # a row for each class, named
-    saved_c = np.load(tmp_path / "c/samples.npz")
-    assert saved_c["arr_1"].tolist() == [3, 0] * 10 and grid.shape[1] > 8 * 108 + 12
-    for row, first in ((0, 0), (1, 1)):
-        right = grid[::6, -(8 * 108 + 12)::6][2 + 18 * row:18 + 18 * row, 2:18]
-        assert np.array_equal(right, saved_c["arr_0"][first])
     made = json.loads((tmp_path / "a/sampler.json").read_text())
     assert made["count"] == 12 and made["top_p"] == 0.92 and made["kind"] == "ar"
     assert len([*(tmp_path / "a").iterdir()]) == 3  # nothing unfinished is left
@@ -387,8 +382,30 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     script("sample", *words, "--count", 3, "--out", tmp_path / "d")
     assert np.load(tmp_path / "d/samples.npz")["arr_1"].tolist() == [0, 2, 5]  # evenly spaced
     save_prior(prior, tokenizer, num_classes=0)
-    script("sample", *words, "--count", 3, "--out", tmp_path / "e")
+    script("sample", *words, "--out", tmp_path / "e")
     assert np.load(tmp_path / "e/samples.npz").files == ["arr_0"]  # no labels
+    samples = [*np.load(tmp_path / "e/samples.npz")["arr_0"], *np.full((4, 16, 16, 3), 255)]
+    assert np.array_equal(cells(tmp_path / "e/grid.png", 8), samples)
+    assert Image.open(tmp_path / "e/grid.png").width == 6 * (8 * 18 + 2)  # no names
+
+
+@pytest.mark.parametrize("labels, count, rows, columns", [
+    ([], 8, 6, 2), (["cone", 0], 20, 2, 8), ([*range(6), *range(4)], 11, 8, 2), ([], 3, 3, 1)])
+def test_a_row_of_the_grid_shows_one_class_beside_its_name(script, prior, tokenizer, tmp_path,
+                                                           labels, count, rows, columns):
+    words = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path]
+    script("sample", *words, "--count", count, *(["--labels", *labels] if labels else []))
+    saved, blank = np.load(tmp_path / "samples.npz"), np.full((16, 16, 3), 255)
+    period = len(labels) or min(count, C)
+    found, numbers = iter(cells(tmp_path / "grid.png", columns)), range(count)
+    for first in range(rows):
+        shown = numbers[first::period][:8]
+        assert len({saved["arr_1"][n] for n in shown}) == 1
+        for image in [*saved["arr_0"][shown], *[blank] * (columns - len(shown))]:
+            assert np.array_equal(next(found), image)
+    assert next(found, None) is None
+    names = np.asarray(Image.open(tmp_path / "grid.png"))[:, :-6 * (18 * columns + 2)]
+    assert all((row < 128).any() for row in np.split(names[12:], rows))
 
 
 @pytest.mark.parametrize("kind, name, values, others", [
@@ -414,6 +431,14 @@ def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, r
     words = ["sample", "--device", "cpu", "--out", out, "--tokenizer", tokenizer, "--prior", prior]
     view = [*words, "--teacher_forced", "shapes", "--runs"]
     assert "other.pt" in refused(*view, f"{prior}:{other}")
+    state = load(prior)
+    state["args"]["tokenizer"] = "runs/mine/ckpt.pt"
+    torch.save(state, prior)
+    sentence = refused(*words, "--tokenizer", other)
+    assert "runs/mine/ckpt.pt or its phase 2" in sentence and "earlier" in sentence
+    for pairs in ([], ["--runs", prior], ["--runs", f"C:{prior}:{tokenizer}"]):
+        assert "--runs" in refused(*words, "--teacher_forced", "shapes", *pairs)
+    assert "--reconstruct" in refused(*words, "--tokenizers", tokenizer)
     nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
     assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
     assert "--label_dropout" in refused(*words, "--cfg_scale", 2)
@@ -423,7 +448,8 @@ def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, r
     bare = save_prior(tmp_path / "bare.pt", tokenizer, num_classes=0)
     assert "without classes" in refused(*words, "--prior", bare, "--labels", 1)
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    assert "one process" in refused(*words, "--noise", "shapes")
+    for flag in ("--noise", "--reconstruct"):
+        assert "one process" in refused(*words, flag, "shapes")
     assert not out.exists()
 
 
@@ -433,10 +459,10 @@ def test_the_teacher_forced_view_equals_a_loop(prior, tokenizer, phase_2, tmp_pa
     """s'_i is the argmax given s_<i, and s_1 given only the class."""
     script("sample", "--teacher_forced", "shapes", "--count", 3, "--out", tmp_path, "--device",
            "cpu", "--runs", f"{prior}:{tokenizer}", f"{prior}:{phase_2}")
-    shown, right = cells(tmp_path / "teacher_forced.png", 5), 0
+    shown, right = cells(tmp_path / "teacher_forced.png", 3), 0
     one, two = (vq.load_tokenizer(path)[0] for path in (tokenizer, phase_2))
     net, _ = load_prior(prior)
-    for row, i in enumerate((0, 5, 11)):  # evenly spaced in the validation set
+    for column, i in enumerate((0, 5, 11)):  # evenly spaced in the validation set
         image, label = data.EvalImages(Shapes("val"), 16)[i]
         s, top1 = one.encode(data.to_float(image[None], CPU))[1], []
         for j in range(64):  # codes from j on are blotted out: they must not matter
@@ -446,7 +472,7 @@ def test_the_teacher_forced_view_equals_a_loop(prior, tokenizer, phase_2, tmp_pa
         right += (top1 == s).sum().item()
         want = [m.decode_indices(codes) for m in (one, two) for codes in (s, top1)]
         want = to_pixels(torch.cat([data.to_float(image[None], CPU), *want]))
-        assert abs(shown[5 * row:5 * row + 5] - want).max() <= 1
+        assert len(shown) == 15 and abs(shown[column::3] - want).max() <= 1
     said = re.findall(r"accuracy ([\d.]+) %", capsys.readouterr().out)
     assert said == [f"{100 * right / 192:.1f}"] * 2
 
@@ -468,4 +494,72 @@ def test_changed_codes_under_noise_equal_a_loop_over_held_out_images(tmp_path, m
            0.1, "--seed", 3, "--device", "cpu")
     assert f"\n{100 * changed / codes:.2f} %" in capsys.readouterr().out and changed > 20
     saved["args"]["val"] = "elsewhere"  # then no image of the folder is held out
-    assert len(sample.read_images(str(many_photos), saved, 160, CPU)[0]) == 160
+    assert len(sample.read_images(str(many_photos), [(model, saved)], 160)[0]) == 160
+
+
+def test_reconstructions_equal_a_loop(tokenizer, phase_2, photos, vgg, script, tmp_path, capsys):
+    """Of two tokenizers with the same codes; the first one's --vgg is the default."""
+    state = load(tokenizer)
+    state["args"]["vgg"] = str(vgg)
+    torch.save(state, tokenizer)
+    script("sample", "--reconstruct", photos, "--tokenizers", tokenizer, phase_2, "--count", 7,
+           "--out", tmp_path, "--device", "cpu")
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if ".pt" in line]
+    files = sorted(photos.rglob("*.*"))
+    chosen = [files[i] for i in (0, 1, 2, 3, 4, 5, 7)]  # evenly spaced
+    pixels = [data.to_tensor(data.center_crop(data.decode(path), 16)) for path in chosen]
+    x = [data.to_float(image[None], CPU) for image in pixels]
+    net, shown = losses.load_vgg(vgg), cells(tmp_path / "reconstructions.png", 7)
+    assert len(shown) == 21 and np.array_equal(shown[:7], to_pixels(torch.cat(x)))
+    for row, path in enumerate((tokenizer, phase_2)):
+        model, values, used = vq.load_tokenizer(path)[0], [], set()
+        codes = np.load(tmp_path / f"codes{row + 1}.npy")
+        assert codes.shape == (7, 8, 8)
+        for i in range(7):
+            x_hat, indices, _ = model(x[i])
+            assert np.array_equal(codes[i], indices[0])
+            used |= {*indices.flatten().tolist()}
+            assert abs(shown[7 * (row + 1) + i] - to_pixels(x_hat)).max() <= 1
+            one, two = net(x[i], losses.LAYERS), net(x_hat, losses.LAYERS)
+            d = [((one[name] - two[name]) ** 2).mean() / scale
+                 for name, scale in zip(losses.LAYERS, net.layer_scale)]
+            error = (x_hat.clamp(-1, 1) - x[i]).double()
+            psnr = 10 * math.log10(4 / (error ** 2).mean())
+            values.append([error.abs().mean(), psnr, sum(d[:5]), d[4] + d[5]])
+        want = [*np.mean(values, 0), 100 * len(used) / 16]
+        for word, value, digits in zip(table[row], want, (4, 2, 4, 4, 1)):
+            assert float(word) == pytest.approx(value, abs=0.6 * 10 ** -digits)
+        assert table[row][-1] == str(path)
+
+
+def test_one_tokenizer_reconstructs_many_images(tokenizer, many_photos, script, tmp_path, capsys):
+    """More than the sheet's 64, in batches; without a network there is no L_low."""
+    script("sample", "--reconstruct", many_photos, "--tokenizer", tokenizer, "--count", 150,
+           "--out", tmp_path, "--device", "cpu")
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.split()[2:4] == ["nan", "nan"] and str(tokenizer) in row
+    codes, model = np.load(tmp_path / "codes.npy"), vq.load_tokenizer(tokenizer)[0]
+    images = data.EvalImages(data.open_source(str(many_photos)), 16)
+    chosen = data.evenly_spaced(160, 150)
+    assert codes.shape == (150, 8, 8)
+    for j in (0, 70, 149):
+        x = data.to_float(images[chosen[j]][0][None], CPU)
+        assert np.array_equal(codes[j], model.encode(x)[1][0])
+    shown = cells(tmp_path / "reconstructions.png", 8)
+    assert len(shown) == 128
+    for k, j in enumerate(data.evenly_spaced(150, 64)):
+        pixels = images[chosen[j]][0].permute(1, 2, 0)
+        assert np.array_equal(shown[k // 8 * 16 + k % 8], pixels)
+
+
+def test_images_that_can_not_be_reconstructed_are_one_sentence(tokenizer, refused, tmp_path):
+    words = ["sample", "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path / "out",
+             "--reconstruct"]
+    (tmp_path / "mine").mkdir()
+    assert "no images" in refused(*words, tmp_path / "mine")
+    Image.fromarray(noise(0, 40, 30)).save(tmp_path / "mine/good.png")
+    (tmp_path / "mine/bad.png").write_text("a page")
+    assert "bad.png" in refused(*words, tmp_path / "mine")
+    large = save_tokenizer(tmp_path / "large.pt", image_size=32)
+    assert "image sizes" in refused(*words, "shapes", "--tokenizers", tokenizer, large)
+    assert not (tmp_path / "out").exists()
