@@ -11,8 +11,6 @@ through uint8. Features are fp32 (no bf16, no TF32), sums over images float64.
 """
 import json
 import os
-import sys
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -70,21 +68,27 @@ def resize_tf1(images):
 
 
 class Inception(nn.Module):
-    """The Inception of 2015, from a copy of the published file or (path None) downloaded."""
+    """The Inception of 2015. path: a copy of the published file; None: it is downloaded."""
 
-    name, feature_dim, num_classes = "FID", 2048, 1008
+    name, description, feature_dim, num_classes = "FID", "Inception of 2015", 2048, 1008
 
     def __init__(self, path, resize):
         super().__init__()
-        if not path:
-            path = os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
-            runtime.main_first(lambda: losses.download(URL, path, "--inception"))
+        file = path or os.path.join(torch.hub.get_dir(), "checkpoints", WEIGHTS)
         net = tv.Inception3(1008, aux_logits=False, init_weights=False)
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.weights, self.resize = losses.sha256(path)[:8], resize
-        self.description = f"Inception of 2015, --resize {resize}"
+        try:
+            if not path:
+                runtime.main_first(lambda: losses.download(URL, file, "--inception"))
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        except (Exception, SystemExit) as error:
+            reason = str(error).partition("\n")[0]
+            raise SystemExit(f"no Inception: {reason}. Without it pass --feature_net FILE, a "
+                             f"network of train_vgg.py (an FD, not an FID)") from error
+        self.resize, self.weights = resize, losses.sha256(file)[:8]
+        self.provenance = f"weights {self.weights}, --resize {resize}"
         if self.weights != SHA256:
-            warn(f"{path} is not the published file: do not compare these numbers with a paper's")
+            runtime.print0(f"warning: {file} is not the published file: do not compare these "
+                           f"numbers with a paper's")
         average = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
         maximum = nn.MaxPool2d(3, 1, 1)
         for name, block in net.named_children():
@@ -111,15 +115,16 @@ class Inception(nn.Module):
 
 class SmallVGGFeatures(nn.Module):
     """A network of train_vgg.py instead of Inception, for data far from ImageNet. Features are the
-    input of its last layer, logits those of its first head: the classes. The distance is called
-    FD, it is not an FID."""
+    input of its last layer; logits are those of its first head, the classes. The distance is
+    called FD, because it is not an FID."""
 
-    resize = "none"
+    name = "FD"
 
     def __init__(self, path):
         super().__init__()
         self.net, self.weights = losses.load_vgg(path), losses.sha256(path)[:8]
-        self.name, self.description = f"FD (features of {path})", f"features of {path}"
+        self.provenance = f"weights {self.weights}, --resize none"
+        self.description = f"features of {path}"
         self.feature_dim = self.net.classifier.in_features
         self.num_classes = self.net.config["num_classes_per_head"][0]
 
@@ -131,24 +136,21 @@ class SmallVGGFeatures(nn.Module):
 # -------------------------------------------------------------------------------- sets of images
 
 class EvalSet(Subset):
-    """What --real or --fake names. An item is uint8 (3, H, W), label. image_size 0: images as they
-    are, all of the first one's size. Samples (.npz) are never resized or split."""
+    """The images that --real or --fake names. An item is uint8 (3, H, W), label. image_size 0: the
+    images as they are, all of the first one's size. Samples (.npz) are never resized or split."""
 
     def __init__(self, path, image_size, split, count):
-        samples = path.endswith(".npz")
-        split = None if samples else split
+        if path.endswith(".npz"):
+            image_size, split = 0, None
         self.source = data.open_source(path, split or "train", hold_out=bool(split))
-        size = 0 if samples else image_size
-        images = data.EvalImages(self.source, size, strict=True)
+        images = data.EvalImages(self.source, image_size, strict=True)
         super().__init__(images, data.evenly_spaced(len(self.source), count))
-        self.path, self.shape = f"{path} ({split})" if split else path, None
-        try:
-            self.shape = self[0][0].shape
-        except data.Unreadable as error:
-            raise SystemExit(f"cannot compute a metric: {error}") from error
-        crop = ", shorter side resized and center crop" if size else ""
-        side = f"{self.shape[2]} x {self.shape[1]}{crop}"
-        self.description = f"{len(self)} images of {self.path} ({side})"
+        self.classes, self.shape = self.source.classes, None
+        self.path = f"{path} ({split})" if split else path
+        self.shape = self[0][0].shape
+        crop = ", shorter side resized and center crop" if image_size else ""
+        self.description = (f"{len(self)} images of {self.path} ({self.shape[2]} x "
+                            f"{self.shape[1]}{crop})")
 
     def __getitem__(self, j):
         image, label = self.dataset[self.indices[j]]
@@ -161,19 +163,44 @@ class EvalSet(Subset):
     __getitems__ = None  # Subset.__getitems__ would bypass __getitem__
 
 
+def open_side(path, net, args):
+    """What --real or --fake names: the images, or a dict like `compute_statistics`'s if the file
+    holds mu and sigma (ADM's references hold images as well). n is 0 if the file has none."""
+    if (Path(path) / "samples.npz").exists():  # a folder that sample.py wrote
+        path = str(Path(path) / "samples.npz")
+    try:
+        arrays = np.load(path) if path.endswith(".npz") else {}
+        if "mu" not in arrays:
+            return EvalSet(path, args.image_size, args.split, args.count)
+        mu, sigma = (torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma"))
+        n = int(arrays["n"]) if "n" in arrays else 0
+        made = str(arrays["made"]) if "made" in arrays else ""
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise SystemExit(f"{path} can't be measured ({reason})") from error
+    D = net.feature_dim
+    if mu.shape != (D,) or sigma.shape != (D, D) or made not in ("", net.provenance):
+        raise SystemExit(f"{path}: statistics of {[*sigma.shape]} features ({made}), but this "
+                         f"network has {D} ({net.provenance}): compute them again")
+    if not made:
+        runtime.print0(f"warning: {path} has no provenance: make sure that it was computed with "
+                       f"{net.provenance}")
+    return {"mu": mu, "sigma": sigma, "n": n, "description": f"statistics {path}"}
+
+
 @torch.inference_mode()
 def compute_statistics(images, net, args, device, tokenizer=None):
-    """One pass over a set of images, or over a tokenizer's reconstructions of them -> {name:
-    value}. Sums are float64, so that batches and processes add up in any order."""
+    """One pass over the images of an EvalSet, or over a tokenizer's reconstructions of them -> a
+    dict. Sums are float64, so that the result does not depend on batches and processes."""
     zeros = partial(torch.zeros, dtype=torch.float64)  # on the host: MPS has no float64
     n, D = len(images), net.feature_dim
     x_sum, xx_sum, correct = zeros(D), zeros(D, D), zeros(1)
-    # Sums per split of p(y|x), and of p log p
+    # Sums of p(y|x), and of p log p, in each split
     p_sum, p_log_p_sum = zeros(SPLITS, net.num_classes), zeros(SPLITS)
     K = tokenizer.quantizer.codebook_size if tokenizer else 1
     histogram = torch.zeros(K, dtype=torch.int64, device=device)
-    # IS uses ten random splits. If images ordered by class are not shuffled, each split has a
-    # tenth of the classes, and IS collapses (62 instead of 298).
+    # IS uses ten random splits. If images ordered by class were not shuffled, each split would
+    # have a tenth of the classes, and IS would collapse (62 instead of 298).
     position = np.argsort(np.random.RandomState(SHUFFLE_SEED).permutation(n))
     ends = np.arange(1, SPLITS) * n // SPLITS
     split = torch.from_numpy(np.searchsorted(ends, position, side="right"))
@@ -204,45 +231,16 @@ def compute_statistics(images, net, args, device, tokenizer=None):
     if n < 2:
         raise SystemExit(f"{description}: needs at least two images")
     if n <= D:
-        warn(f"{description}, fewer than the {D} features: only comparable at the same number")
+        runtime.print0(f"warning: {description}: fewer than the {D} features, so compare only with "
+                       f"results of equally many images")
     mu, split_n = x_sum / n, p_sum.sum(1)  # (D,), (10,): one image's p sums to 1
     cov = (xx_sum - n * mu.outer(mu)) / (n - 1)
     # Of each split: exp E_x KL(p(y|x) || p(y)).
     scores = (p_log_p_sum / split_n + torch.special.entr(p_sum / split_n[:, None]).sum(1)).exp()
     return {"mu": mu, "sigma": cov, "n": n, "description": description,
             "IS": scores.mean().item(), "IS_std": scores.std(correction=0).item(),
-            "accuracy": correct.item() / n, "histogram": histogram.cpu()}
-
-
-def made_with(net):
-    return f"weights {net.weights}, --resize {net.resize}"
-
-
-def load_statistics(path, net):
-    """As `compute_statistics`, from a file that has mu and sigma (n 0: not known)."""
-    made = made_with(net)
-    with np.load(path) as arrays:
-        found = {key: torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma")}
-        n = int(arrays["n"]) if "n" in arrays else 0
-        theirs = str(arrays["made"]) if "made" in arrays else ""
-    if len(found["mu"]) != net.feature_dim or theirs not in ("", made):
-        raise SystemExit(f"{path}: statistics have {len(found['mu'])} features ({theirs}), this "
-                         f"network has {net.feature_dim} ({made}): recompute them")
-    if not theirs:
-        warn(f"{path} has no provenance: make sure that it was computed with {made}")
-    return found | {"n": n, "description": f"statistics {path}"}
-
-
-def is_statistics(path):
-    """Whether the file holds mu and sigma. (ADM's references hold images too.)"""
-    if path.endswith(".npz") and not Path(path).exists():
-        raise SystemExit(f"{path}: no such file")
-    return path.endswith(".npz") and "mu.npy" in zipfile.ZipFile(path).namelist()
-
-
-def warn(sentence):
-    if runtime.is_main():
-        print(f"warning: {sentence}", file=sys.stderr, flush=True)
+            "accuracy": correct.item() / n, "histogram": histogram.cpu(),
+            "classes": images.classes}
 
 
 # ---------------------------------------------------------------------------------------- fid.py
@@ -250,23 +248,25 @@ def warn(sentence):
 def parse(argv):
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--real", required=True, help="reference: a data set, an npz of samples, statistics")
-    add("--fake", help="the images to evaluate: likewise")
-    add("--tokenizer", help="checkpoint: evaluate its reconstructions of --real")
+    add("--real", required=True, help="the reference: a data set as in the training scripts, an "
+        "npz of samples, or an npz of statistics")
+    add("--fake", help="the images to evaluate; the same kinds as --real")
+    add("--tokenizer", help="evaluate the reconstructions of --real by this checkpoint")
     add("--image_size", type=runtime.at_least(0), default=0,
-        help="resize the shorter side and center crop (never an npz); default: the tokenizer's "
-             "size, else unchanged")
-    add("--split", choices=("train", "val"), help="default: all of a folder; for data sets with "
-        "splits, train; with --tokenizer the held-out part of its training data")
+        help="resize the shorter side to this many pixels and center crop (never an npz); 0: the "
+             "tokenizer's size, or without a tokenizer no resizing")
+    add("--split", choices=("train", "val"), help="part of the data; default: all of a folder, "
+        "train of a data set with splits, the held-out part of the --tokenizer's training data")
     add("--count", type=runtime.positive_int,
         help="number of images of each set, evenly spaced; default: all")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
-        help="tf1: as torch-fidelity and ADM; pytorch: as pytorch-fid")
-    add("--inception", help=f"a local copy of {WEIGHTS}; default: downloaded")
-    add("--feature_net", help="a checkpoint of miniature/train_vgg.py instead: an FD, no FID")
+        help="resize to 299 pixels as torch-fidelity and ADM (tf1), or as pytorch-fid (pytorch)")
+    add("--inception", help=f"a local copy of {WEIGHTS}; default: it is downloaded")
+    add("--feature_net", help="use this checkpoint of miniature/train_vgg.py, not Inception; the "
+        "distance is then an FD, not an FID")
     add("--save", help="write the statistics of --real to this npz, for later use as --real")
     add("--json", help="write the result, and all that it depends on, to this file")
-    add("--batch_size", type=runtime.positive_int, default=64, help="images at a time, per process")
+    add("--batch_size", type=runtime.positive_int, default=64, help="images per batch and process")
     runtime.add_device_flags(add)
     return parser.parse_args(argv)
 
@@ -274,43 +274,36 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     (device, _), tokenizer = runtime.setup(args), None
-    net = SmallVGGFeatures(args.feature_net) if args.feature_net else Inception(args.inception,
-                                                                          args.resize)
-    net.to(device)
+    net = (SmallVGGFeatures(args.feature_net) if args.feature_net
+           else Inception(args.inception, args.resize)).to(device)
     if args.tokenizer:
         tokenizer, saved = vq.load_tokenizer(args.tokenizer, device)
         args.image_size = args.image_size or saved["args"]["image_size"]
         if data.is_training_data(args.real, saved["args"]):
             args.split = args.split or "val"  # not the images that it was trained on
-
-    def open_side(path):
-        if (Path(path) / "samples.npz").exists():  # what sample.py has just written
-            path = str(Path(path) / "samples.npz")
-        if is_statistics(path):
-            return load_statistics(path, net)
-        return EvalSet(path, args.image_size, args.split, args.count)
-
-    def statistics_of(side, coder=None):
-        if not isinstance(side, EvalSet):
-            return side
-        found = compute_statistics(side, net, args, device, coder)
-        return found | {"classes": side.source.classes}
-
-    real = open_side(args.real)
-    if tokenizer and (args.fake or not isinstance(real, EvalSet)):
+        vgg = Path(saved["args"].get("vgg") or "")
+        if vgg.is_file() and losses.sha256(vgg)[:8] == net.weights:
+            runtime.print0(f"warning: {args.feature_net} is also the network of the tokenizer's "
+                           f"loss: it is not an independent judge")
+    real = open_side(args.real, net, args)
+    if tokenizer and (args.fake or isinstance(real, dict)):
         raise SystemExit("--tokenizer needs images as --real, and no --fake")
-    fake = real if tokenizer else args.fake and open_side(args.fake)
-    real, fake = statistics_of(real), fake and statistics_of(fake, tokenizer)
+    fake = real if tokenizer else args.fake and open_side(args.fake, net, args)
+    if isinstance(real, EvalSet):
+        real = compute_statistics(real, net, args, device)
+    if isinstance(fake, EvalSet):
+        fake = compute_statistics(fake, net, args, device, tokenizer)
     if not runtime.is_main():
         return None
 
     result = {"real": real["description"], "n_real": real["n"], "weights": net.weights}
     if fake:
-        name = "rFID" if tokenizer and not args.feature_net else net.name
+        name = "rFID" if tokenizer and net.name == "FID" else net.name
         value = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         print(f"{name} {value:.2f}")
-        result |= {"fake": fake["description"], "n_fake": fake["n"]}
-        result["FD" if args.feature_net else name] = value
+        if len({real["n"], fake["n"]} - {0}) > 1:
+            print(f"warning: {name} depends on the numbers of images, {real['n']} and {fake['n']}")
+        result |= {"fake": fake["description"], "n_fake": fake["n"], name: value}
     if tokenizer:
         histogram = fake["histogram"]
         usage, perplexity, _ = vq.usage_and_perplexity(histogram)
@@ -324,15 +317,14 @@ def main(argv=None):
             print(f"IS {fake['IS']:.1f} +- {fake['IS_std']:.1f}")
             result |= {"IS": fake["IS"], "IS_std": fake["IS_std"]}
     if args.feature_net and fake and len(fake.get("classes", ())):
-        print(f"accuracy {fake['accuracy']:.2f}")
+        print(f"class accuracy {fake['accuracy']:.2f} of the images, by --feature_net's classes")
         result["accuracy"] = fake["accuracy"]
     compared = " against ".join(side["description"] for side in (fake, real) if side)
-    result["measured"] = f"{compared}; {net.description}, weights {net.weights}"
+    result["measured"] = f"{compared}; {net.description}, {net.provenance}"
     print(f"measured: {result['measured']}")
     if args.save:
-        made = made_with(net)
-        found = {key: real[key] for key in ("mu", "sigma", "n")}
-        runtime.save_file(args.save, lambda file: np.savez(file, made=made, **found))
+        found = {key: real[key] for key in ("mu", "sigma", "n")} | {"made": net.provenance}
+        runtime.save_file(args.save, lambda file: np.savez(file, **found))
     if args.json:
         versions = {m.__name__: m.__version__ for m in (torch, torchvision, np)}
         text = json.dumps(result | {"versions": versions, "args": vars(args)}, indent=1)

@@ -50,11 +50,14 @@ def write_npz(path, images, **more):
 
 
 def run(real, *words):
-    """What fid.py finds, in this process; what it prints to stdout and stderr."""
+    """What fid.py finds, in this process, and the lines that it prints."""
     words = ["--real", real, *words, "--workers", 0, "--device", "cpu"]
-    with (contextlib.redirect_stdout(io.StringIO()) as out,
-          contextlib.redirect_stderr(io.StringIO()) as err):
-        return fid.main([*map(str, words)]), out.getvalue().splitlines(), err.getvalue()
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return fid.main([*map(str, words)]), out.getvalue().splitlines()
+
+
+def warnings(out):
+    return "".join(line for line in out if line.startswith("warning: "))
 
 
 def close(value, rel=1e-9):
@@ -86,9 +89,9 @@ def tf1(weights, tmp_path_factory):
     tmp = tmp_path_factory.mktemp("tf1")
     real = write_pngs(tmp / "real", drawings(5, seed=1))
     fake = write_pngs(tmp / "fake", drawings(15, seed=2, shift=12))
-    found, out, err = run(real, "--fake", fake, "--inception", weights,
-                          "--save", tmp / "a.npz", "--json", tmp / "a.json")
-    return Namespace(tmp=tmp, real=real, fake=fake, found=found, out=out, err=err)
+    found, out = run(real, "--fake", fake, "--inception", weights,
+                     "--save", tmp / "a.npz", "--json", tmp / "a.json")
+    return Namespace(tmp=tmp, real=real, fake=fake, found=found, out=out)
 
 
 # -------------------------------------------------------------------------- the published tools
@@ -114,7 +117,8 @@ def test_what_is_printed_and_saved(tf1):
     assert f"IS {found['IS']:.1f} +- {found['IS_std']:.1f}" in out
     for word in ("measured:", saved["real"], saved["fake"], "--resize tf1", saved["weights"]):
         assert word in out[-1]
-    assert "not the published file" in tf1.err and "15 images" in tf1.err  # for 2048 features
+    warned = warnings(out)  # not the published weights; for 2048 features; the numbers differ
+    assert all(text in warned for text in ("inception.pth", "15 images of", "5 and 15"))
 
 
 def test_features_equal_pytorch_fid(weights, monkeypatch):
@@ -140,9 +144,10 @@ def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path, vgg):
     wanted = fid.frechet_distance(*map(torch.from_numpy, (*a, *b)))
     for real, n, unknown in ((ours, 60, False), (theirs, 0, True)):
         for fake in (("--fake", val), ("--fake", "shapes", "--split", "val")):
-            found, _, err = run(real, *fake, *flags)
+            found, out = run(real, *fake, *flags)
             assert found["FD"] == close(wanted) and found["n_real"] == n and found["n_fake"] == 12
-            assert ("no provenance" in err) == unknown
+            assert ("no provenance" in warnings(out)) == unknown
+            assert ("numbers of images" in warnings(out)) == (n == 60)
 
 
 def test_tf1_resize_is_bitwise_torch_fidelitys():
@@ -195,7 +200,7 @@ class Pixels(nn.Module):
     """A network whose features and logits are simple functions of the image."""
 
     name, feature_dim, num_classes = "FID", 12, 7
-    weights, resize, description = "0", "none", "pixels"
+    weights, provenance, description = "0", "weights 0", "pixels"
 
     def forward(self, images):
         x = F.adaptive_avg_pool2d(images.float(), 2).flatten(1)
@@ -203,7 +208,7 @@ class Pixels(nn.Module):
 
 
 class Fixed(list):
-    path = description = "drawings"
+    path, description, classes = "drawings", "drawings", ()
 
 
 def summary(images, batch_size, net=None):
@@ -237,7 +242,7 @@ def test_no_is_of_fewer_than_ten_images(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "Inception", lambda *_: Pixels())
     for n in (9, 10):
         fake = write_npz(tmp_path / f"{n}.npz", drawings(n, seed=6, size=16))
-        found, out, _ = run(fake, "--fake", fake)
+        found, out = run(fake, "--fake", fake)
         assert [line[:5] for line in out if "IS" in line] == ["no IS" if n < 10 else "IS 1."]
         assert ("IS" in found) == (n == 10)
         assert found["FID"] < 1e-6 and found["n_fake"] == n
@@ -252,7 +257,7 @@ def test_rfid_usage_and_perplexity_equal_a_loops(tokenizer, tmp_path, monkeypatc
     torch.save(state, tokenizer)
     monkeypatch.setattr(fid, "Inception", lambda *_: Pixels())
     real = write_pngs(tmp_path / "val", drawings(70, seed=5, size=20))
-    found, out, _ = run(real, "--tokenizer", tokenizer, "--batch_size", 70)
+    found, out = run(real, "--tokenizer", tokenizer, "--batch_size", 70)
 
     pixels = torch.stack([data.to_tensor(data.center_crop(Image.open(path), 16))
                           for path in sorted(Path(real).iterdir())])
@@ -290,8 +295,9 @@ def test_a_small_vgg_gives_fd_and_accuracy_but_no_fid(vgg, tmp_path):
     assert len(labels.unique()) > 1
     labels[:10] = (labels[:10] + 1) % 6  # 10 of 40 samples miss their class
     fake = write_npz(tmp_path / "fake.npz", images, arr_1=labels.numpy())
-    found, out, _ = run("shapes", "--image_size", 32, "--fake", fake, "--feature_net", vgg)
-    assert found["accuracy"] == 0.75 and "accuracy 0.75" in out
+    found, out = run("shapes", "--image_size", 32, "--fake", fake, "--feature_net", vgg)
+    assert found["accuracy"] == 0.75
+    assert any("accuracy 0.75" in line and "--feature_net" in line for line in out)
     assert found["FD"] > 0 and not any(line.startswith(("FID", "IS")) for line in out)
 
 
@@ -339,6 +345,18 @@ def test_split_and_count(many_photos, tmp_path):
     assert len(fid.EvalSet(path, 16, "val", None)) == 60
 
 
+def test_the_network_of_the_loss_is_no_independent_judge(vgg, tokenizer, tmp_path, photos):
+    """Whatever its name is, the same file is recognized."""
+    copy, other, state = tmp_path / "copy.pt", tmp_path / "other.pt", torch.load(tokenizer)
+    copy.write_bytes(vgg.read_bytes())
+    torch.save(torch.load(vgg) | {"step": 1}, other)
+    for trained_with, same in ((copy, True), (other, False), (tmp_path / "moved.pt", False)):
+        state["args"]["vgg"] = str(trained_with)
+        torch.save(state, tokenizer)
+        _, out = run(photos, "--tokenizer", tokenizer, "--feature_net", vgg)
+        assert (str(vgg) in warnings(out)) == same
+
+
 def test_reconstructions_of_the_training_data_are_of_its_held_out_part(vgg, tmp_path, many_photos):
     for val, words, n in ((None, [], 7), (None, ["--split", "train"], 153), ("shapes", [], 160),
                           (None, ["--real", "shapes"], 60)):
@@ -354,6 +372,29 @@ def test_statistics_of_other_features_are_rejected(refused, tf1, tmp_path, vgg):
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), made=made)
     for path in (tf1.tmp / "a.npz", tmp_path / "other.npz"):  # the first is Inception's
         assert str(path) in refused("fid", "--real", path, "--fake", "shapes", "--feature_net", vgg)
+
+
+def test_a_broken_npz_is_one_sentence_that_names_it(refused, vgg, tmp_path):
+    good = write_npz(tmp_path / "good.npz", drawings(4, seed=0, size=16))
+    statistics, bad = dict(mu=np.zeros(16), sigma=np.eye(16)), tmp_path / "bad.npz"
+    np.savez(tmp_path / "s.npz", **statistics)
+    for content in (Path(good).read_bytes()[:-100], (tmp_path / "s.npz").read_bytes()[:300],
+                    b"<!DOCTYPE html>", b"", {"mu": statistics["mu"]}, {"other": np.zeros(3)},
+                    statistics | {"sigma": np.eye(15)}, statistics | {"mu": np.array([{}])}):
+        if isinstance(content, dict):
+            np.savez(bad, **content)
+        else:
+            bad.write_bytes(content)
+        for real, fake in ((good, bad), (bad, good)):
+            assert str(bad) in refused("fid", "--real", real, "--fake", fake, "--feature_net", vgg)
+
+
+def test_without_inceptions_weights_the_alternative_is_named(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # no network
+    for words, name in (([], fid.URL), (["--inception", "none.pth"], "none.pth")):
+        sentence = refused("fid", "--real", "shapes", *words)
+        assert name in sentence and "--feature_net" in sentence
 
 
 def test_an_unreadable_image_is_an_error_that_names_it(refused, vgg, tmp_path):
