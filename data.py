@@ -15,15 +15,13 @@ Sample n = step * batch_size + position shows image permutation(seed, n // N)[n 
 flipped by a generator seeded with (seed, n). A batch is therefore a function of seed and step
 only, whatever the number of processes and workers, and resuming means starting at another step.
 """
-import collections
 import contextlib
 import hashlib
 import io
-import itertools
 import os
 import zipfile
 import zlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -76,17 +74,14 @@ def is_training_data(spec, args):
 
 def open_data(args, labels=False):
     """Training and validation source. labels: both must number their classes alike."""
-    if not args.data:
-        runtime.print0("warning: no --data given, training on the built-in drawings")
-        args.data = "shapes"
     source = open_source(args.data, "train", hold_out=not args.val)
     held_out = open_source(args.val or args.data, "val", not args.val, labels and source.classes)
     if labels and source.classes and list(held_out.classes) != list(source.classes):
         raise SystemExit(f"--val {args.val} needs the class folders of --data (a prior without "
                          f"classes: --num_classes 0)")
-    runtime.print0(f"{args.data}: {len(source)} training images, {len(held_out)} for validation")
     names = ", ".join(source.classes[:5]) + ", ..." * (len(source.classes) > 5)
-    runtime.print0(f"{len(source.classes)} classes{names and ': ' + names}")
+    runtime.print0(f"{args.data}: {len(source)} training images, {len(held_out)} for validation, "
+                   f"{len(source.classes)} classes{names and ': ' + names}")
     return source, held_out
 
 
@@ -115,24 +110,22 @@ class Folder(Dataset):
         files = sorted(list_files(root))
         images = [name for name in files if name.lower().endswith(EXTENSIONS)]
         if len(images) < len(files):
-            runtime.print0(f"note: skipping {len(files) - len(images)} files of {root} without an "
-                           f"image extension")
-        folders = [name.split(os.sep)[0] if os.sep in name else "" for name in images]
+            n = len(files) - len(images)
+            runtime.print0(f"note: {n} files in {root} have no image extension")
+        folders = [os.path.dirname(name).split(os.sep)[0] for name in images]
         found = sorted({*folders} - {""})
         if found and "" in folders:
             raise SystemExit(f"{root} holds both images and class folders ({found[0]}, ...)")
         if len(SPLITS & {name.lower() for name in found}) > 1:
             raise SystemExit(f"{root} holds {' and '.join(found[:3])}, which are not classes: "
                              f"--data {self.root / found[0]} --val {self.root / found[-1]}")
-        self.classes = list(classes or found)
+        self.classes = list(classes or found) if found else []
         if strange := {*found} - {*self.classes}:
             raise SystemExit(f"{root}: --data has no class folder named {min(strange)}")
         # Arrays stay shared with the workers; reference counts would make them copy a list.
         self.files = np.array([os.fsencode(name) for name in images])
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index.get(folder, 0) for folder in folders])
-        if not found:
-            self.classes = []
 
     def __len__(self):
         return len(self.files)
@@ -224,33 +217,24 @@ class Torchvision(Dataset):
         return image.convert("RGB"), label if self.classes else 0
 
 
-class Lsun(Dataset):
-    """An LSUN lmdb: key -> bytes of a JPEG or WebP. It is opened for each read (0.1 ms): an open
-    one must not be shared with a worker."""
-
-    classes = ()
+class Lsun(Folder):
+    """An LSUN lmdb: key -> bytes of a JPEG or WebP. It is opened for each read (0.1 ms), because an
+    open one must not be shared with a worker."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.classes = path, []
         if not Path(path).exists():
             raise SystemExit(f"lsun:{path}: no such folder")
-        with self.transaction() as transaction:
-            self.keys = np.array(list(transaction.cursor().iternext(values=False)))
+        with self.open() as env, env.begin() as transaction:
+            self.files = np.array(list(transaction.cursor().iternext(values=False)))
 
-    def transaction(self):
+    def open(self):
         import lmdb
-        env = lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
-        return env.begin()
-
-    def __len__(self):
-        return len(self.keys)
-
-    def name(self, i):
-        return os.fsdecode(self.keys[i])
+        return lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
 
     def load(self, i, size=0):
-        with self.transaction() as transaction:
-            return decode(io.BytesIO(transaction.get(bytes(self.keys[i]))), size), 0
+        with self.open() as env, env.begin() as transaction:
+            return decode(io.BytesIO(transaction.get(bytes(self.files[i]))), size), 0
 
 
 def content_hash(source):
@@ -327,28 +311,21 @@ class Unreadable(RuntimeError):
         return super().__str__().rpartition("Unreadable: ")[2].strip()
 
 
-def load_strict(source, i, size):
-    """Image i and its label."""
-    try:
-        return source.load(i, size)
-    except Exception as error:  # PIL raises nearly anything on bad files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise Unreadable(f"{source.name(i)!r} can't be read ({reason})") from error
+report = cache(partial(print, flush=True))  # prints each text once per process
 
 
-reported = set()  # unreadable images that this process has reported
-
-
-def load_readable(source, i, size):
-    """Image i and its label. An unreadable image is reported once per process, and the next one is
-    taken."""
-    for j in itertools.islice(itertools.chain(range(i, len(source)), range(i)), 1000):
+def load_image(source, i, size, strict=False):
+    """Image i and its label. An unreadable image is reported and replaced by the next one. Raises
+    Unreadable after a thousand of them in succession, and if `strict` at once."""
+    for j in range(i, i + (1 if strict else min(1000, len(source)))):
         try:
-            return load_strict(source, j, size)
-        except Unreadable as error:
-            if str(error) not in reported and len(reported) < 100:
-                print(f"skipped: {error}", flush=True)
-                reported.add(str(error))
+            return source.load(j % len(source), size)
+        except Exception as error:  # PIL raises nearly anything on bad files
+            name = source.name(j % len(source))
+            text = f"{name!r} can't be read ({runtime.describe(error)})"
+        if strict:
+            raise Unreadable(text)
+        report(f"skipped: {text}")
     raise Unreadable(f"no image can be read from {source.name(i)!r} on")
 
 
@@ -368,7 +345,7 @@ class TrainImages(Dataset):
 
     def view(self, index, n):
         """Image `index`, cropped and flipped by the generator of (seed, n)."""
-        image, label = load_readable(self.source, index, self.size)
+        image, label = load_image(self.source, index, self.size)
         rng = np.random.default_rng([self.seed, n])
         return to_tensor(augment(image, self.size, self.crop, rng)), label
 
@@ -378,14 +355,13 @@ class EvalImages(Dataset):
     raise on an unreadable image (for metrics)."""
 
     def __init__(self, source, size, strict=False):
-        self.source, self.size = source, size
-        self.load = partial(load_strict if strict else load_readable, source)
+        self.source, self.size, self.strict = source, size, strict
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, i):
-        image, label = self.load(i, self.size)
+        image, label = load_image(self.source, i, self.size, self.strict)
         return to_tensor(center_crop(image, self.size) if self.size else np.asarray(image)), label
 
 
@@ -416,7 +392,8 @@ def micro_batch_indices(args, step, a):
 
 
 def until_unreadable(batches, run):
-    """Yields the batches. If no image can be read any more it ends, and asks the run to stop."""
+    """Yield the batches. If no image can be read, end, and set the error with which the run will
+    save and exit."""
     try:
         yield from batches
     except Unreadable as error:
@@ -460,16 +437,6 @@ def save_grid(path, images, columns=8, names=()):
 
 # -------------------------------------------------------------------------------- python data.py
 
-class CheckedImages(EvalImages):
-    """As EvalImages, but an item ends with the error of an unreadable image, or ""."""
-
-    def __getitem__(self, i):
-        try:
-            return *super().__getitem__(i), ""
-        except Unreadable as error:
-            return 0, 0, str(error)
-
-
 def main():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
@@ -479,42 +446,38 @@ def main():
     add("--image_size", type=runtime.positive_int, default=256, help="size of the cropped images")
     add("--out", help="folder for the cropped images as PNG, in class folders")
     add("--count", type=runtime.positive_int, help="number of images, evenly spaced; default: all")
-    add("--preview", default="preview.png", help="file for the preview")
     add("--workers", type=runtime.at_least(0), default=8, help="data loading workers")
     args = parser.parse_args()
     if "RANK" in os.environ:
         raise SystemExit("data.py runs in one process: python, not torchrun")
-    source = open_source(args.data, args.split or "train", hold_out=bool(args.split))
-    chosen, counts, bad = evenly_spaced(len(source), args.count), collections.Counter(), 0
     if args.out and next(Path(args.out).rglob("*.*"), None):
         raise SystemExit(f"{args.out} is not empty: choose another --out")
-    images = CheckedImages(source, args.image_size, strict=True)
-    batches = loader(images, [[i] for i in chosen], args.workers, torch.device("cpu"))
-    progress = runtime.Progress(len(chosen), every=10)
-    for done, (i, (pixels, label, (error,))) in enumerate(zip(chosen, batches), 1):
-        name = source.classes[label] if source.classes else ""
-        if error:
-            bad += 1
+    source = open_source(args.data, args.split or "train", hold_out=bool(args.split))
+    images = EvalImages(source, args.image_size, strict=True)
+    chosen = evenly_spaced(len(source), args.count)
+    batches = iter(loader(images, [[i] for i in chosen], args.workers, torch.device("cpu")))
+    names, progress = source.classes or [""], runtime.Progress(len(chosen), every=10)
+    counts, shown = [0] * len(names), []
+    for done, i in enumerate(chosen, 1):
+        try:
+            pixels, label = next(batches)
+        except Unreadable as error:
             print(error, flush=True)
             continue
-        counts[name] += 1
-        if pixels.min() == pixels.max():
-            print(f"uniform color after cropping: {source.name(i)!r}", flush=True)
+        counts[label] += 1
         if args.out:
-            array = pixels[0].permute(1, 2, 0).numpy()
-            path = Path(args.out) / name.replace("/", "_") / f"{i:08}.png"
-            runtime.save_file(path, lambda file, a=array: Image.fromarray(a).save(file, "PNG"))
+            image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+            path = Path(args.out) / names[label] / f"{i:08}.png"
+            runtime.save_file(path, partial(image.save, format="PNG"))
+        elif len(shown) < 40 * done / len(chosen):  # evenly spaced
+            shown.append(pixels[0])
         progress.show(f"{done} of {len(chosen)}", done)
     for number, name in enumerate(source.classes):
-        print(f"{number} {name}: {counts[name]}")
-    print(f"{len(chosen) - bad} of {len(chosen)} images can be read")
-    if bad < len(chosen):
-        shown = EvalImages(source, args.image_size)
-        grid = [shown[i][0] for i in evenly_spaced(len(source), 40)]
-        save_grid(args.preview, torch.stack(grid))
-        print(f"preview in {args.preview}")
-    if bad > len(chosen) / 100:
-        raise SystemExit(f"{bad} of {len(chosen)} images can't be read: remove or repair them")
+        print(f"{number} {name}: {counts[number]}")
+    print(f"{sum(counts)} of {len(chosen)} images can be read")
+    if shown:
+        save_grid("preview.png", torch.stack(shown))
+        print(f"{len(shown)} of them are in preview.png")
 
 
 if __name__ == "__main__":

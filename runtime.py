@@ -23,27 +23,12 @@ import torch
 import torch.distributed as dist
 
 # ----------------------------------------------------------------------------- how a script ends
-# A signal asks a run to finish its step, save and exit. torchrun and Slurm signal every process,
-# some of them twice, so later signals are ignored. Only a second Ctrl-C after 3 s exits at once.
-
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
-class StopRequest:
-    """Handles the signals from now on, and remembers the first one: `number`, 0 if none."""
-
-    def __init__(self):
-        self.number, self.time = 0, 0.0
-        for number in SIGNALS:
-            # nohup has SIGHUP ignored, and that must stay.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self.handle)
-
-    def handle(self, number, _):
-        if not self.number:
-            self.number, self.time = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.time > 3:
-            raise KeyboardInterrupt
+def describe(error):
+    """Type and first line of an exception."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def ignore_signals(_):
@@ -72,8 +57,8 @@ def launch(main):
     except SystemExit as error:
         code = error.code or 0
     except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
         print("interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
     except BaseException:
         if world_size() == 1:
             raise
@@ -102,7 +87,9 @@ def setup(args):
         # NCCL for tensors on the GPU, gloo for flags and counts on the host
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
+    shown = name
     if name == "cuda":
+        shown = torch.cuda.get_device_name()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
@@ -111,8 +98,8 @@ def setup(args):
     compiled = vars(args).get("compile", False)  # fid.py has no such flag
     compiled = name == "cuda" if compiled is None else compiled
     precision = "bf16" if is_bf16(name, vars(args).get("dtype", "fp32")) else "fp32"
-    print0(f"{torch.cuda.get_device_name() if name == 'cuda' else name}, {precision}, "
-           f"{'compiled' if compiled else 'eager'}, {world_size()} process(es)")
+    print0(f"{shown}, {precision}, {'compiled' if compiled else 'eager'}, "
+           f"{world_size()} process(es)")
     return torch.device(name), compiled
 
 
@@ -188,14 +175,7 @@ def at_least(minimum, kind=int):
     return convert
 
 
-positive_int = at_least(1)
-
-
-def positive_float(text):
-    """An argparse type: a finite float > 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be > 0, not {text}")
-    return float(text)
+positive_int, positive_float = at_least(1), at_least(1e-12, float)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -219,8 +199,8 @@ def add_device_flags(add):
 def add_training_flags(parser, **defaults):
     """The flags that all training scripts share."""
     add = parser.add_argument
-    add("--data", help="a folder of class folders, a flat folder, torchvision:NAME, lsun:PATH, or "
-        "shapes (built-in drawings); default: the tokenizer's data, else shapes")
+    add("--data", default="shapes", help="a folder of class folders, a flat folder, "
+        "torchvision:NAME, lsun:PATH, or shapes (drawn); phase 2 and priors: the tokenizer's data")
     add("--val", help="validation data; default: the data's own split, or 1 image in 20, held out")
     add("--image_size", type=positive_int, default=256, help="height and width of the images")
     add("--crop", choices=("random", "resized", "center"), default="random",
@@ -251,14 +231,14 @@ def parse_flags(parser):
 
 def resumed_flags(given, defaults, component):
     """The flags of the run in --out, {} if there is none. Prints those that the command line
-    changes. Without --resume a folder that holds a run is an error."""
+    changes. A folder that holds a run needs --resume."""
     path = Path(given.get("out", defaults["out"])) / "ckpt.pt"
     if not path.exists():
         return {}
-    if "resume" not in given:
+    if not given.get("resume"):
         raise SystemExit(f"{path.parent} already holds a run: pass --resume or another --out")
     saved = load_checkpoint(path, component, mmap=True)["args"]
-    saved = {name: value for name, value in saved.items() if name in defaults and name != "out"}
+    saved.pop("out")  # the folder may have been moved
     for name in sorted(given.keys() & saved.keys() - {"resume"}):
         if given[name] != saved[name]:
             print0(f"note: --{name} was {saved[name]}, now {given[name]}")
@@ -334,21 +314,22 @@ class Averages:
 
 
 class Progress:
-    """Prints the rate and the time left of long work: `total` units, `done` of them at the start.
-    images: images per unit. every: seconds between two lines."""
+    """Prints the rate of long work and the time left. total: number of units, of which `done` were
+    done before. images: images per unit. every: seconds between two lines."""
 
     def __init__(self, total, done=0, images=1, every=0):
         self.total, self.images, self.every = total, images, every
-        self.first = self.last = time.perf_counter(), done
+        self.last = time.perf_counter(), done
 
     def show(self, text, done):
-        now, done = time.perf_counter(), min(done, self.total)
-        if not is_main() or now - self.last[0] < self.every:
+        (before, n), now, done = self.last, time.perf_counter(), min(done, self.total)
+        if not is_main() or now - before < self.every:
             return
-        (t0, n0), (t1, n1), self.last = self.first, self.last, (now, done)
-        if done > n1:
-            left = timedelta(seconds=int((self.total - done) * (now - t0) / (done - n0)))
-            text += f" | {(done - n1) / (now - t1) * self.images:.1f} images/s, {left} left"
+        self.last = now, done
+        if done > n:
+            rate = (done - n) / (now - before)  # since the last line
+            left = timedelta(seconds=int((self.total - done) / rate))
+            text += f" | {rate * self.images:.1f} images/s, {left} left"
         print0(text)
 
 
@@ -365,14 +346,15 @@ def report_full_disk(path):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A temporary path that replaces `path` when the block ends without an error, so that `path`
-    is never half-written."""
+    """A temporary file, open for writing, that replaces `path` when the block ends without an
+    error, so that `path` is never half-written."""
     temporary = Path(f"{path}.tmp")
     with report_full_disk(path):
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield temporary
-            with open(temporary, "rb+") as file:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
@@ -381,7 +363,7 @@ def replacing(path):
 
 def save_file(path, write):
     """Call write(file), and replace `path` by what it wrote."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         try:
             write(file)
         except RuntimeError as error:  # torch.save on a full disk
@@ -395,32 +377,29 @@ def load_checkpoint(path, component, mmap=False):
         if state["component"] != component:
             raise ValueError(f"it holds a {state['component']}")
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SystemExit(f"{path} is not a checkpoint of train_{component}.py "
-                         f"({reason})") from error
+                         f"({describe(error)})") from error
     return state
 
 
 def read_metrics(path):
     """The lines of a metrics.jsonl as dicts, without one that a kill cut short."""
-    lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 class Run:
     """A run folder: ckpt.pt, metrics.jsonl, samples/. It resumes, saves, logs, takes optimizer
-    steps and handles stop requests. shown: names of the values that progress lines show."""
+    steps and stops at a signal. shown: names of the values that progress lines show."""
 
     def __init__(self, args, component, shown):
         self.args, self.component, self.shown = args, component, shown
-        self.out, self.board, self.error = Path(args.out), None, ""
+        self.out, self.board = Path(args.out), None
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
         self.skipped = self.skipped_in_a_row = 0
-        self.saved = self.validated = self.stop_request = None
+        self.saved = self.validated = None  # the last steps that were
         self.best = math.inf  # the lowest validation loss
+        self.signal, self.error = 0, ""  # the first signal; why the data can't be read
         if is_main():
             with report_full_disk(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -438,25 +417,22 @@ class Run:
         step and its other keys: (0, {}) if there is none. Checkpoints hold `constants` as well, of
         which `content` is the hash of the data set."""
         self.constants, self.parts = constants, parts
-        step, state, lines = 0, {}, []
+        step, state = 0, {}
         if self.ckpt.exists():
             state = load_checkpoint(self.ckpt, self.component)
             try:
                 for name, part in parts.items():
                     part.load_state_dict(state.pop(name))
             except (KeyError, RuntimeError, ValueError) as error:
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                raise SystemExit(f"{self.ckpt} does not fit these flags ({reason})") from error
+                raise SystemExit(f"{self.ckpt} does not fit these flags "
+                                 f"({describe(error)})") from error
             step = self.saved = state["step"]
             self.best, self.skipped = state.get("best", math.inf), state.get("skipped", 0)
             self.validated = state.get("validated")
-            lines = [line for line in read_metrics(self.metrics) if line["step"] <= step]
             if state.get("content", constants["content"]) != constants["content"]:
                 print0("warning: the data set has changed since the checkpoint")
-            print0(f"resuming from step {step} of {self.args.iters} in {self.out}"
-                   if step < self.args.iters else f"{self.out} is finished: step {step}")
-        elif self.args.resume:
-            print0(f"no checkpoint in {self.out}: starting from scratch")
+        print0(f"{self.out} is finished: step {step}" if step >= self.args.iters else
+               f"{self.out}: from step {step} to {self.args.iters}")
         if all_reduce_max(step) != -all_reduce_max(-step):
             raise SystemExit(f"{self.ckpt}: the processes read different checkpoints")
         for part in parts.values() if world_size() > 1 else ():
@@ -464,14 +440,15 @@ class Run:
                 for tensor in part.state_dict().values():
                     dist.broadcast(tensor, 0)
         if is_main():  # forget what was logged after the checkpoint
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = "".join(json.dumps(line) + "\n" for line in read_metrics(self.metrics)
+                           if state and line["step"] <= step)
             save_file(self.metrics, lambda file: file.write(text.encode()))
         self.progress = Progress(self.args.iters, step, self.args.batch_size)
         return step, state
 
     def save(self, step, path=None, loss=0.0):
         """Write a checkpoint to `path`, default ckpt.pt, unless `loss` (of the validation) or a
-        weight is not finite, or the last step was skipped."""
+        weight is not finite, or the last step was skipped. Exit if the data can't be read."""
         weights = self.parts["model"].parameters()
         # Data that can't be read have no loss.
         finite = math.isfinite(loss) or all_reduce_max(bool(self.error))
@@ -488,9 +465,10 @@ class Run:
                 "best": self.best, "validated": self.validated, "skipped": self.skipped,
                 "torch": str(torch.__version__)}
             save_file(path or self.ckpt, lambda file: torch.save(state, file))
-        self.saved = step if path is None else self.saved
+        if path is None:
+            self.saved = step
         barrier()
-        if self.error and step == self.args.iters:
+        if self.error:
             raise SystemExit(self.error)
 
     def log(self, step, split, **values):
@@ -515,20 +493,26 @@ class Run:
         every = self.args.eval_every or min(5000, max(1, self.args.iters // 10))
         return self.due(step, every) and self.validated != step
 
-    def should_stop(self):
-        """Whether a process has received a signal, or set `error`. While steps are being skipped a
-        signal waits: nothing may be saved then. Before the first call signals end the script."""
-        self.stop_request = self.stop_request or StopRequest()
-        number = self.stop_request.number
-        self.code = int(all_reduce_max(128 + number if number else bool(self.error)))
-        return self.code == 1 or self.code > 1 and not self.skipped_in_a_row
+    def handle_signal(self, number, _):
+        """torchrun and Slurm signal every process, some of them twice, so later signals are
+        ignored. Only a second Ctrl-C after 3 s exits at once."""
+        if not self.signal:
+            self.signal, self.signal_time = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.signal_time > 3:
+            raise KeyboardInterrupt
 
     def stop_if_requested(self, step):
-        """If so, save and exit with 128 + the signal's number."""
-        if self.should_stop():
+        """If a process has received a signal, save and exit with 128 + its number; likewise if its
+        data can't be read. While steps are being skipped a signal waits: nothing may be saved then.
+        Before the first call a signal ends the script."""
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self.handle_signal)
+        code = int(all_reduce_max(128 + self.signal if self.signal else bool(self.error)))
+        if code == 1 or code and not self.skipped_in_a_row:
             self.save(step)
             print0(f"stopped; --resume continues from step {self.saved}")
-            raise SystemExit(self.error or self.code)
+            raise SystemExit(self.error or code)
 
     def step(self, optimizers, lr):
         """Average the gradients over processes, take a step of each optimizer at the learning rate

@@ -73,7 +73,7 @@ data=$(python -c "import sys, torch; print(torch.load(sys.argv[1], 'cpu', weight
 for split in train val; do
   [ -d "$out/$split" ] && continue
   rm -rf "$out/$split.part"
-  run python data.py --data "$data" --split $split --image_size 32 --workers 2 --out "$out/$split.part" --preview "$out/$split.png"
+  run python data.py --data "$data" --split $split --image_size 32 --workers 2 --out "$out/$split.part"
   mv "$out/$split.part" "$out/$split"
 done
 common="--data $out/train --val $out/val --workers 0 --no-compile --resume --log_every 100 --seed $seed"

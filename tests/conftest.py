@@ -38,7 +38,7 @@ PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
 def fresh(monkeypatch):
     """A small drawn data set, and no unreadable image that an earlier test has reported."""
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 12})
-    monkeypatch.setattr(data, "reported", set())
+    data.report.cache_clear()
 
 
 @pytest.fixture
@@ -83,15 +83,14 @@ def refused(script, capsys):
 def signal_at(monkeypatch):
     """signal_at(3): from now on a SIGTERM arrives when a run has taken three steps. The script then
     saves a checkpoint of step 3 and exits with 143. signal_at(None) undoes it."""
-    should_stop = runtime.Run.should_stop
+    stop_if_requested = runtime.Run.stop_if_requested
 
     def arrive(at):
-        def receive(self):  # called before each step; `saved` is the step that the run resumes from
-            self.step_number = getattr(self, "step_number", (self.saved or 0) - 1) + 1
-            if self.step_number == at:
+        def receive(self, step):
+            if step == at:
                 signal.raise_signal(signal.SIGTERM)
-            return should_stop(self)
-        monkeypatch.setattr(runtime.Run, "should_stop", receive)
+            stop_if_requested(self, step)
+        monkeypatch.setattr(runtime.Run, "stop_if_requested", receive)
     return arrive
 
 

@@ -74,6 +74,7 @@ def test_class_folders_of_any_depth(tmp_path, capsys):
     assert contents(source) == where | {"c/6.png": 3} and len(source) == 5
     assert source.load([*contents(source)].index("c/6.png"))[0].getpixel((3, 3)) == (16, 0, 0)
     assert contents(Folder(f"{root}/")) == contents(source)
+
     flat = Folder(root / "a-b")
     assert flat.classes == [] and contents(flat) == {"3.jpeg": 0}
 
@@ -114,6 +115,9 @@ def test_one_image_in_twenty_is_held_out_by_its_name(many_photos):
     its, held = map(contents, both_parts(many_photos))
     assert its | held == contents(Folder(many_photos)) and not its.keys() & held
     assert 2 <= len(held) <= 20 and len(its) + len(held) == 160
+    for val, sizes in ((None, [len(its), len(held)]), ("shapes", [160, 12])):
+        parts = data.open_data(Namespace(data=str(many_photos), val=val))
+        assert [*map(len, parts)] == sizes
     for part in both_parts(many_photos):
         for i in range(len(part)):
             assert np.array_equal(part.load(i)[0], Image.open(many_photos / part.name(i)))
@@ -125,17 +129,6 @@ def test_one_image_in_twenty_is_held_out_by_its_name(many_photos):
         (many_photos / name).unlink()
     its_now, held_now = map(contents, both_parts(many_photos))
     assert its.keys() - gone <= its_now.keys() and held.keys() - gone <= held_now.keys()
-
-
-def test_data_and_val(photos, many_photos, capsys):
-    def sizes(training, val):
-        args = Namespace(data=training and str(training), val=val and str(val))
-        return [len(part) for part in data.open_data(args)]
-
-    assert sizes(None, None) == [60, 12] and "no --data" in capsys.readouterr().out
-    assert sizes("shapes", None) == [60, 12] and "no --data" not in capsys.readouterr().out
-    assert sizes(many_photos, None) == [len(part) for part in both_parts(many_photos)]
-    assert sizes(many_photos, photos) == [160, 8] and sizes(photos, "shapes") == [8, 12]
 
 
 def test_validation_labels_are_those_of_training(many_photos, tmp_path):
@@ -341,63 +334,45 @@ def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_phot
     with pytest.raises(data.Unreadable, match="0.png"):  # as a metric reads it
         EvalImages(source, 8, strict=True)[0]
     source.files[-1] = b"\xff.png"  # not text; the images after the last one are the first ones
-    assert np.array_equal(data.load_readable(source, 159, 8)[0], source.load(1)[0])
+    assert np.array_equal(data.load_image(source, 159, 8)[0], source.load(1)[0])
     assert capsys.readouterr().out.count("skipped") == 1
 
 
-class Broken(Tiny):
-    """Only image 1,200 of 1,500 can be read."""
+def test_a_thousand_unreadable_images_in_succession_are_an_error():
+    """The run then saves and exits (test_faults.py)."""
+    class Broken(Tiny):
+        SIZES = {"train": 1500}
 
-    SIZES = {"train": 1500}
+        def load(self, i, size=0):
+            if i != 1200:
+                raise OSError("truncated")
+            return super().load(i, size)
 
-    def load(self, i, size=0):
-        if i != 1200:
-            raise OSError("truncated")
-        return super().load(i, size)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_set_that_cannot_be_read_is_a_stop_request(workers, capsys):
-    """After a thousand unreadable images in succession, or all, the batches end and the run's error
-    is set: its loop then saves and exits."""
-    assert data.load_readable(Broken(), 201, 8)[1] == 1200
-    with pytest.raises(data.Unreadable, match="200"):
-        data.load_readable(Broken(), 200, 8)
-    with pytest.raises(data.Unreadable):
-        data.load_readable(data.HoldOutSplit(Broken(), range(3)), 0, 8)
-    args = Namespace(batch_size=4, grad_accum=2, iters=2, workers=workers)
-    run = Namespace(error="")
-
-    def count(source):
-        batches = iter(data.train_loader(TrainImages(source, 8, "random", 0), args, 0, CPU))
-        found = len([*data.until_unreadable(batches, run)])
-        if workers and run.error:
-            batches._shutdown_workers()  # the garbage collector would take seconds
-        return found
-    assert count(Tiny()) == 4 and not run.error
-    assert count(data.HoldOutSplit(Broken(), range(3))) == 0
-    assert run.error.startswith("no image can be read") and "\n" not in run.error
+    assert data.load_image(Broken(), 201, 8)[1] == 1200
+    for source, first in ((Broken(), 200), (data.HoldOutSplit(Broken(), range(3)), 0)):
+        with pytest.raises(data.Unreadable, match=f"no image can be read from 'picture {first}'"):
+            data.load_image(source, first, 8)
 
 
-def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_path, capsys):
-    bars = np.zeros((32, 96, 3), np.uint8)
-    bars[:, :32] = 255  # white, but not where it is cropped
-    Image.fromarray(bars).save(photos / "dogs/uniform.png")
-    source, preview, out = Folder(photos), tmp_path / "p.png", tmp_path / "out"
-    flags = ("--data", photos, "--image_size", 32, "--workers", 0, "--preview", preview)
-    script("data", *flags, "--out", out)
-    text = capsys.readouterr().out
-    for words in ("9 of 9", "0 cats: 4", "1 dogs: 5", "uniform color after cropping: 'dogs/uni"):
-        assert text.count(words) == 1
-    for i in range(9):
-        copy = Image.open(out / source.classes[source.labels[i]] / f"{i:08}.png")
-        assert np.array_equal(copy, data.center_crop(source.load(i)[0], 32))
-    assert Image.open(preview).size[0] > 8 * 32
-    script("data", *flags, "--count", 3, "--out", tmp_path / "some")
+def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_path, capsys,
+                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Folder(photos)
+    images = EvalImages(source, 32)
+    (photos / "cats/bad.png").write_bytes(b"")  # the first image
+    for workers in (0, 1):  # the next batches are read after an error, too
+        script("data", "--data", photos, "--image_size", 32, "--workers", workers)
+        text = capsys.readouterr().out
+        for words in ("8 of 9", "0 cats: 4", "1 dogs: 4", "'cats/bad.png' can't be read"):
+            assert text.count(words) == 1
+    data.save_grid("wanted.png", torch.stack([images[i][0] for i in range(8)]))
+    assert np.array_equal(Image.open("preview.png"), Image.open("wanted.png"))
+    (photos / "cats/bad.png").unlink()
+    flags = ("--data", photos, "--image_size", 32, "--workers", 0, "--out")
+    script("data", *flags, "out")
+    for i in range(8):
+        copy = Image.open(tmp_path / "out" / source.classes[source.labels[i]] / f"{i:08}.png")
+        assert np.array_equal(copy.resize((32, 32)), data.center_crop(source.load(i)[0], 32))
+    script("data", *flags, "some", "--count", 3)
     assert len([*tmp_path.glob("some/*/*.png")]) == 3
-    assert str(out) in refused("data", *flags, "--out", out)  # it is not empty
-    (photos / "dogs/bad.png").write_bytes(b"")
-    capsys.readouterr()
-    assert "1 of 10" in refused("data", *flags)
-    text = capsys.readouterr().out
-    assert "'dogs/bad.png' can't be read" in text and "dogs: 5" in text  # it counts for no class
+    assert "out is not empty" in refused("data", *flags, "out")

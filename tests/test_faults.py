@@ -248,8 +248,8 @@ def test_all_scripts_without_float64_and_with_data_that_can_be_pickled(script, m
 # ------------------------------------------------------------ bad data, numbers that are not finite
 
 @pytest.mark.parametrize("kind, workers, folder", [
-    ("phase 1", 0, "train"), ("phase 1", 1, "train"), ("train_vgg", 0, "train"),
-    ("phase 1", 0, "val"), ("train_vgg", 0, "val")])
+    ("phase 1", 1, "train"), ("train_vgg", 0, "train"), ("phase 1", 0, "val"),
+    ("train_vgg", 0, "val")])
 def test_a_run_whose_data_vanish_is_saved_and_ends(kind, workers, folder, words, refused, at_step,
                                                    many_photos, tmp_path):
     many_photos.rename(tmp_path / "train")
