@@ -26,17 +26,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
 from torchvision.utils import make_grid
 
 import runtime
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Detected by content. A whitelist: PIL would run Ghostscript on a PostScript file named photo.jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 Image.MAX_IMAGE_PIXELS = 125_000_000  # PIL rejects an image of more than twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # image generators write much text
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}  # not classes
 HELD_OUT = 20  # without --val, 1 image in 20 is held out for validation
 
@@ -153,27 +154,27 @@ class NpzSamples(Dataset):
     one is memory-mapped: 50,000 samples of 256 x 256 take 10 GB."""
 
     def __init__(self, path):
-        if not Path(path).exists():
-            raise SystemExit(f"{path}: no such file")
-        with np.load(path) as arrays, arrays.zip.open("arr_0.npy") as member:
-            np.lib.format.read_magic(member)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-            if dtype != np.uint8 or shape[3:] != (3,):
-                raise SystemExit(f"{path}: arr_0 is {dtype} {shape}, samples must be uint8 "
-                                 f"(N, H, W, 3) in 0..255")
-            info = arrays.zip.getinfo("arr_0.npy")
-            if info.compress_type == zipfile.ZIP_STORED and not fortran:
-                with open(path, "rb") as file:
-                    file.seek(info.header_offset)
-                    begin = info.header_offset + file.read(500).index(b"\x93NUMPY")
-                self.array = partial(np.memmap, path, np.uint8, "r", begin + member.tell(), shape)
-            else:
-                self.array = partial(np.asarray, arrays["arr_0"])
-            self.labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(shape[0], int)
-            if self.labels.dtype.kind not in "iu":
-                raise SystemExit(f"{path}: the labels in arr_1 are {self.labels.dtype}, they must "
-                                 f"be integers")
-            self.classes = [str(n) for n in range(self.labels.max() + 1) if "arr_1" in arrays]
+        try:
+            with (zipfile.ZipFile(path) as archive, np.load(path) as arrays,
+                  archive.open("arr_0.npy") as member):
+                np.lib.format.read_magic(member)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+                info = archive.getinfo("arr_0.npy")
+                if info.compress_type == zipfile.ZIP_STORED and not fortran:
+                    with open(path, "rb") as file:
+                        file.seek(info.header_offset)
+                        begin = info.header_offset + file.read(500).index(b"\x93NUMPY")
+                    offset = begin + member.tell()
+                    self.array = partial(np.memmap, path, np.uint8, "r", offset, shape)
+                else:
+                    self.array = partial(np.asarray, arrays["arr_0"])
+                self.labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(shape[0], int)
+                self.classes = [str(n) for n in range(self.labels.max() + 1) if "arr_1" in arrays]
+            if (dtype, shape[3:], self.labels.shape) != (np.uint8, (3,), shape[:1]):
+                raise ValueError(f"{dtype} {shape} with {len(self.labels)} labels")
+        except Exception as error:
+            raise SystemExit(f"{path} is not an npz of samples: uint8 arr_0 (N, H, W, 3), labels "
+                             f"arr_1 ({runtime.describe(error)})") from error
 
     def __len__(self):
         return len(self.labels)
@@ -200,8 +201,11 @@ class Torchvision(Dataset):
         if name not in self.SPLITS:
             raise SystemExit(f"torchvision:{name}: must be one of {', '.join(self.SPLITS)}")
         which = self.SPLITS[name][split == "val"]
-        self.set = runtime.main_first(partial(
-            getattr(datasets, name), "data", download=True, **which))
+        open_set = partial(getattr(datasets, name), "data", download=True, **which)
+        try:
+            self.set = runtime.main_first(open_set)
+        except (OSError, RuntimeError) as error:  # of the download
+            raise SystemExit(f"torchvision:{name}: {runtime.describe(error)}") from error
         # Imagenette has a tuple of synonyms for each class, CelebA no classes.
         names = getattr(self.set, "classes", [])
         self.classes = [name if isinstance(name, str) else name[0] for name in names]
@@ -419,6 +423,11 @@ def evenly_spaced(total, count=None):
     return np.linspace(0, total - 1, min(count or total, total)).astype(int).tolist()
 
 
+def row_label(name, number):
+    """A class's name as a label for `save_grid`, or its number: the font has ASCII only."""
+    return name[:20] if name.isascii() else str(number)
+
+
 def save_grid(path, images, columns=8, names=()):
     """Save uint8 images (N, 3, H, W) as one PNG, row by row; small ones are enlarged. names: row
     labels."""
@@ -440,10 +449,11 @@ def save_grid(path, images, columns=8, names=()):
 def main():
     parser = runtime.parser(__doc__)
     add = parser.add_argument
-    add("--data", default="shapes", help="as in the training scripts")
+    add("--data", default="shapes", help="as in the training scripts, or samples.npz")
     add("--split", choices=("train", "val"),
         help="default: all of a folder; for data sets with splits, train")
-    add("--image_size", type=runtime.positive_int, default=256, help="size of the cropped images")
+    add("--image_size", type=runtime.positive_int,
+        help="size of the cropped images; default: 256 as in training, of samples their own")
     add("--out", help="folder for the cropped images as PNG, in class folders")
     add("--count", type=runtime.positive_int, help="number of images, evenly spaced; default: all")
     add("--workers", type=runtime.at_least(0), default=8, help="data loading workers")
@@ -453,8 +463,8 @@ def main():
     if args.out and next(Path(args.out).rglob("*.*"), None):
         raise SystemExit(f"{args.out} is not empty: choose another --out")
     source = open_source(args.data, args.split or "train", hold_out=bool(args.split))
-    images = EvalImages(source, args.image_size, strict=True)
-    chosen = evenly_spaced(len(source), args.count)
+    size = args.image_size or (0 if args.data.endswith(".npz") else 256)
+    images, chosen = EvalImages(source, size, strict=True), evenly_spaced(len(source), args.count)
     batches = iter(loader(images, [[i] for i in chosen], args.workers, torch.device("cpu")))
     names, progress = source.classes or [""], runtime.Progress(len(chosen), every=10)
     counts, shown = [0] * len(names), []

@@ -203,7 +203,8 @@ def sample_images(args, device, compiled):
     samples = data.NpzSamples(str(path)).array()  # memory-mapped
     rows = [("", samples[:64])]
     if labels is not None:  # a row for each of the first eight classes
-        rows = [(state["classes"][c], samples[n::len(cycle)][:8]) for n, c in enumerate(cycle[:8])]
+        rows = [(data.row_label(state["classes"][c], c), samples[n::len(cycle)][:8])
+                for n, c in enumerate(cycle[:8].tolist())]
     rows = [(name, torch.tensor(images).movedim(3, 1)) for name, images in rows]
     save_sheet(path.with_name("grid.png"), rows)
     made = vars(args) | options | {

@@ -2,6 +2,8 @@
 import inspect
 import io
 import itertools
+import os
+import urllib.error
 from argparse import Namespace
 from functools import partial
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torchvision
 from conftest import noise
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 import data
 from data import EvalImages, Folder, TrainImages
@@ -59,11 +61,11 @@ def test_shapes_are_a_function_of_index_and_size():
     assert {*contents(Shapes()).values()} == {*range(len(Shapes.classes))}
 
 
-def test_class_folders_of_any_depth(tmp_path, capsys):
+def test_class_folders_of_any_depth(tmp_path, capsys, monkeypatch):
     """Labels are in alphabetical order. Hidden files, other files and folders without images are
     left out, links are followed."""
     root = tmp_path / "root"
-    where = {"b/1.png": 2, "a/z.png": 0, "a/deep/er/2.PNG": 0, "a-b/3.jpeg": 1}  # a-b/ before a/
+    where = {"b/1.png": 2, "a/z.png": 0, "a/deep/er/2.PNG": 0, "a-b/3.jfif": 1}  # a-b/ before a/
     others = ["a/list.csv", "only/text.json", ".hidden.png", ".cache/4.png", "a/.thumbs/5.png"]
     for name in (*where, *others, "../outside/6.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,15 @@ def test_class_folders_of_any_depth(tmp_path, capsys):
     assert contents(Folder(f"{root}/")) == contents(source)
 
     flat = Folder(root / "a-b")
-    assert flat.classes == [] and contents(flat) == {"3.jpeg": 0}
+    assert flat.classes == [] and contents(flat) == {"3.jfif": 0}
+
+    def scandir(path, scandir=os.scandir):
+        if path == f"{root}/only":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert contents(Folder(root)) == contents(source)
+    assert f"Permission denied: '{root}/only'" in capsys.readouterr().out
 
 
 def test_what_is_not_a_set_of_images_is_rejected(refused, tmp_path, photos):
@@ -185,6 +195,29 @@ def test_torchvision_by_name(monkeypatch):
     assert source.load(0)[1] == 1 and val.load(0)[1] == 0 and val.classes == ["tench", "church"]
 
 
+def test_what_is_no_set_of_samples_or_cannot_be_downloaded_is_one_sentence(monkeypatch, tmp_path):
+    path, images = tmp_path / "samples.npz", np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(path, images)
+    whole = path.read_bytes()
+    assert len(data.NpzSamples(path)) == 3
+    for content in (whole[:300], whole[:-9], b"", b"<html>Not found</html>"):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="samples.npz"):
+            data.NpzSamples(path)
+    for arrays in (dict(x=images), dict(arr_0=images, arr_1=np.arange(2)), dict(arr_0=images[0])):
+        np.savez(path, **arrays)
+        with pytest.raises(SystemExit, match="samples.npz.*arr_0"):
+            data.NpzSamples(path)
+    with pytest.raises(SystemExit, match="absent.npz"):
+        data.open_source("absent.npz")
+
+    def fail(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
+    with pytest.raises(SystemExit, match="CIFAR10.*Name or service"):
+        data.open_source("torchvision:CIFAR10")
+
+
 def over_white(rgba):
     """(H, W, 4) -> (H, W, 3), in exact arithmetic."""
     alpha = array(rgba)[..., 3:] / 255
@@ -216,9 +249,11 @@ def test_every_mode_is_decoded_as_slow_references_do(photos, tmp_path):
     deep = np.linspace(0, 65535, 81).round().reshape(9, 9).astype(">u2")
     (tmp_path / "deep.pgm").write_bytes(b"P5 9 9 65535\n" + deep.tobytes())
     assert np.abs(array(data.decode(tmp_path / "deep.pgm"))[..., 0] - deep / 257).max() <= 1
-    whole = Image.fromarray(noise(9, 30, 20))
-    whole.save(tmp_path / "exif.png", exif=b"Exif\0\0not a TIFF header")
-    assert np.array_equal(array(data.decode(tmp_path / "exif.png")), array(whole))
+    whole, text = Image.fromarray(noise(9, 30, 20)), PngImagePlugin.PngInfo()
+    text.add_text("workflow", "0" * 3_000_000, zip=True)
+    for options in ({"exif": b"Exif\0\0not a TIFF header"}, {"pnginfo": text}):
+        whole.save(tmp_path / "notes.png", **options)
+        assert np.array_equal(array(data.decode(tmp_path / "notes.png")), array(whole))
 
 
 def test_what_cannot_be_decoded_raises(tmp_path, monkeypatch):
@@ -320,6 +355,8 @@ def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path):
         y, x = 2 + i // 3 * 8, 2 + i % 3 * 34
         expected[y:y + 6, x:x + 32] = image
     assert np.array_equal(Image.open(path), expected.repeat(3, 0).repeat(3, 1))  # enlarged
+    names = ["house finch", "\u732b", "n" * 99]  # the second one would be a box
+    assert [data.row_label(*pair) for pair in zip(names, (7, 8, 9))] == [names[0], "8", "n" * 20]
 
 
 def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_photos, capsys):
@@ -376,3 +413,6 @@ def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_
     script("data", *flags, "some", "--count", 3)
     assert len([*tmp_path.glob("some/*/*.png")]) == 3
     assert "out is not empty" in refused("data", *flags, "out")
+    np.savez("samples.npz", np.zeros((2, 24, 24, 3), np.uint8))  # keep their size
+    script("data", "--data", "samples.npz", "--workers", 0, "--out", "pngs")
+    assert [Image.open(path).size for path in tmp_path.glob("pngs/*.png")] == [(24, 24)] * 2
