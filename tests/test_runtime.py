@@ -288,8 +288,19 @@ def test_cosine_and_eval_mode():
 
 
 def test_setup_on_a_cpu(monkeypatch, capsys):
+    """One thread per process, unless OMP_NUM_THREADS says otherwise."""
     for part in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(part, "is_available", lambda: False)
+    args = argparse.Namespace(device="auto")
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(2)
+            runtime.setup(args)
+            assert torch.get_num_threads() == threads
+            assert f"cpu, {threads} thread" in capsys.readouterr().out
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    finally:
+        torch.set_num_threads(1)
     for compiled, word in ((None, "eager"), (True, "compiled")):
         args = argparse.Namespace(device="auto", compile=compiled, dtype="bf16")
         assert runtime.setup(args) == (torch.device("cpu"), bool(compiled))
