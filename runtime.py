@@ -440,8 +440,10 @@ class Run:
         if all_reduce_max(step) != -all_reduce_max(-step):
             raise SystemExit(f"{self.ckpt}: the processes read different checkpoints")
         for part in parts.values() if world_size() > 1 else ():
-            if isinstance(part, torch.nn.Module):  # equal seeds can differ between CPUs
-                for tensor in part.state_dict().values():
+            # Equal seeds can differ between CPUs, files between machines.
+            module = isinstance(part, torch.nn.Module)
+            for tensors in [part.state_dict()] if module else part.state.values():
+                for tensor in tensors.values():
                     dist.broadcast(tensor, 0)
         if is_main():  # forget what was logged after the checkpoint
             text = "".join(json.dumps(line) + "\n" for line in read_metrics(self.metrics)

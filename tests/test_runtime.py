@@ -93,6 +93,20 @@ def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, caps
     assert "step 3 not saved" in capsys.readouterr().out and two.saved == 2
 
 
+def test_processes_start_from_the_state_of_process_0(run, monkeypatch):
+    net = torch.nn.Linear(2, 2)
+    adam = torch.optim.Adam(net.parameters(), fused=True)
+    net(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    run(model=net, opt=adam).save(3)
+    monkeypatch.setattr(runtime, "world_size", lambda: 2)
+    monkeypatch.setattr(runtime, "all_reduce_max", float)
+    monkeypatch.setattr(runtime.dist, "broadcast", lambda tensor, source: tensor.fill_(7 + source))
+    run("--resume", model=net, opt=adam)
+    tensors = [*net.state_dict().values(), *(t for s in adam.state.values() for t in s.values())]
+    assert len(tensors) == 8 and all((tensor == 7).all() for tensor in tensors)
+
+
 def test_a_signal_or_error_of_any_process_stops_all(run, monkeypatch):
     one = run()
     one.stop_if_requested(2)
