@@ -454,7 +454,7 @@ class Run:
 
     def save(self, step, path=None, loss=0.0):
         """Write a checkpoint to `path`, default ckpt.pt, unless `loss` (of the validation) or a
-        weight is not finite, or the last step was skipped. Exit if the data can't be read."""
+        weight is not finite, or the last step was skipped."""
         weights = self.parts["model"].parameters()
         # Data that can't be read have no loss.
         finite = math.isfinite(loss) or all_reduce_max(bool(self.error))
@@ -474,7 +474,7 @@ class Run:
         if path is None:
             self.saved = step
         barrier()
-        if self.error:
+        if self.error and step == self.args.iters:
             raise SystemExit(self.error)
 
     def log(self, step, split, **values):
