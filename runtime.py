@@ -93,8 +93,8 @@ def setup(args):
             torch.set_num_threads(1)  # on a busy machine more are up to 40 times slower
         shown = f"cpu, {torch.get_num_threads()} thread(s)"
     elif name == "cuda":
-        shown = torch.cuda.get_device_name()
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        shown = torch.cuda.get_device_name()
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
         # cuDNN's attention has been wrong for lengths that are not multiples of 128 (NAR: 257).
