@@ -59,7 +59,7 @@ def open_source(spec, split="train", hold_out=False, classes=None):
         source = NpzSamples(spec)
     else:
         source = Folder(spec, classes)
-    if hold_out and not hasattr(source, "has_splits"):
+    if hold_out and not getattr(source, "has_splits", False):
         names = (os.fsencode(source.name(i)) for i in range(len(source)))
         held_out = np.array([zlib.crc32(name) % HELD_OUT == 0 for name in names])
         source = HoldOutSplit(source, np.flatnonzero(held_out == (split == "val")))
@@ -319,8 +319,8 @@ report = cache(partial(print, flush=True))  # prints each text once per process
 
 
 def load_image(source, i, size, strict=False):
-    """Image i and its label. An unreadable image is reported and replaced by the next one. Raises
-    Unreadable after a thousand of them in succession, and if `strict` at once."""
+    """Image i and its label. An unreadable image is reported, and the next one is taken. Raises
+    Unreadable after a thousand unreadable images in succession; if `strict`, after the first."""
     for j in range(i, i + (1 if strict else min(1000, len(source)))):
         try:
             return source.load(j % len(source), size)
@@ -488,6 +488,8 @@ def main():
     if shown:
         save_grid("preview.png", torch.stack(shown))
         print(f"{len(shown)} of them are in preview.png")
+    if sum(counts) < 0.99 * len(chosen):
+        raise SystemExit("more than 1 % of the images can't be read: remove or repair them")
 
 
 if __name__ == "__main__":

@@ -81,9 +81,9 @@ class Inception(nn.Module):
                 runtime.main_first(lambda: losses.download(URL, file, "--inception"))
             net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         except (Exception, SystemExit) as error:
-            reason = str(error).partition("\n")[0]
-            raise SystemExit(f"no Inception: {reason}. Without it pass --feature_net FILE, a "
-                             f"network of train_vgg.py (an FD, not an FID)") from error
+            reason = error if isinstance(error, SystemExit) else runtime.describe(error)
+            raise SystemExit(f"no Inception from {file}: {reason}. Without it pass --feature_net "
+                             f"FILE, a network of train_vgg.py (an FD, not an FID)") from error
         self.resize, self.weights = resize, losses.sha256(file)[:8]
         self.provenance = f"weights {self.weights}, --resize {resize}"
         if self.weights != SHA256:
@@ -176,8 +176,7 @@ def open_side(path, net, args):
         n = int(arrays["n"]) if "n" in arrays else 0
         made = str(arrays["made"]) if "made" in arrays else ""
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} can't be measured ({reason})") from error
+        raise SystemExit(f"{path} can't be measured ({runtime.describe(error)})") from error
     D = net.feature_dim
     if mu.shape != (D,) or sigma.shape != (D, D) or made not in ("", net.provenance):
         raise SystemExit(f"{path}: statistics of {[*sigma.shape]} features ({made}), but this "
@@ -301,7 +300,8 @@ def main(argv=None):
         name = "rFID" if tokenizer and net.name == "FID" else net.name
         value = frechet_distance(real["mu"], real["sigma"], fake["mu"], fake["sigma"])
         print(f"{name} {value:.2f}")
-        if len({real["n"], fake["n"]} - {0}) > 1:
+        numbers = {real["n"], fake["n"]} - {0}
+        if len(numbers) > 1 and min(numbers) < 10_000:
             print(f"warning: {name} depends on the numbers of images, {real['n']} and {fake['n']}")
         result |= {"fake": fake["description"], "n_fake": fake["n"], name: value}
     if tokenizer:
@@ -317,7 +317,8 @@ def main(argv=None):
             print(f"IS {fake['IS']:.1f} +- {fake['IS_std']:.1f}")
             result |= {"IS": fake["IS"], "IS_std": fake["IS_std"]}
     if args.feature_net and fake and len(fake.get("classes", ())):
-        print(f"class accuracy {fake['accuracy']:.2f} of the images, by --feature_net's classes")
+        print(f"class accuracy {fake['accuracy']:.2f}: the fraction of images whose label "
+              f"--feature_net predicts")
         result["accuracy"] = fake["accuracy"]
     compared = " against ".join(side["description"] for side in (fake, real) if side)
     result["measured"] = f"{compared}; {net.description}, {net.provenance}"

@@ -103,16 +103,20 @@ def is_published(path, url):
 
 
 def download(url, path, flag):
-    """Download `url` to `path` unless that exists, check its sha256. `flag` names a local copy."""
+    """Download `url` to `path` if that file does not exist, then check its sha256. flag: the flag
+    that takes a local copy."""
+    new = not os.path.exists(path)
     try:
-        if not os.path.exists(path):
+        if new:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
     except Exception as error:
         raise SystemExit(f"cannot download {url} ({type(error).__name__}: {error}). Download it "
                          f"elsewhere and pass the copy as {flag} FILE") from error
     if not is_published(path, url):
-        raise SystemExit(f"{path} is not the file of {url} (its sha256 differs). Delete it")
+        if new:
+            os.remove(path)
+        raise SystemExit(f"{path} is not the file of {url}: its sha256 differs. Delete it")
 
 
 def load_vgg(spec):
@@ -132,7 +136,7 @@ def load_vgg(spec):
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise SystemExit(f"--vgg {spec} is neither a copy of {url} nor a checkpoint of miniature/"
-                         f"train_vgg.py ({reason}), or an old one (docs/running.md)") from error
+                         f"train_vgg.py ({reason}). docs/running.md converts old ones") from error
     if isinstance(net, VGG16) and spec != "imagenet" and not is_published(path, url):
         print(f"note: {spec} has VGG16's layout, but is not torchvision's file")
     return net.requires_grad_(False).eval()

@@ -90,8 +90,8 @@ def setup(args):
     shown = name
     if name == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # on a busy machine more are up to 40 times slower
-        shown = f"cpu, {torch.get_num_threads()} thread(s)"
+            torch.set_num_threads(1)  # on a busy machine several can be 40 times slower
+        shown = f"cpu, {torch.get_num_threads()} thread(s) (OMP_NUM_THREADS)"
     elif name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         shown = torch.cuda.get_device_name()
@@ -143,6 +143,12 @@ def main_first(call):
     return result
 
 
+def broadcast(tensor):
+    """Replace the tensor by that of process 0, in place."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+
+
 def all_reduce_sum(tensor):
     """Sum over all processes, in place, without gradient."""
     if world_size() > 1:
@@ -173,13 +179,15 @@ def at_least(minimum, kind=int):
     def convert(text):
         number = kind(text)
         if not minimum <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"must be >= {minimum}, not {text}")
+            bound = "> 0" if minimum == TINY else f">= {minimum}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
         return number
     convert.__name__ = kind.__name__  # argparse: "invalid int value"
     return convert
 
 
-positive_int, positive_float = at_least(1), at_least(1e-12, float)
+TINY = 1e-12  # stands for "above 0"
+positive_int, positive_float = at_least(1), at_least(TINY, float)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -380,6 +388,8 @@ def load_checkpoint(path, component, mmap=False):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if state["component"] != component:
             raise ValueError(f"it holds a {state['component']}")
+        if "accum" in state["args"]:
+            raise ValueError("it was made before 2026-12-01: docs/running.md converts it")
     except Exception as error:
         raise SystemExit(f"{path} is not a checkpoint of train_{component}.py "
                          f"({describe(error)})") from error
@@ -401,7 +411,7 @@ class Run:
         self.out, self.board = Path(args.out), None
         self.ckpt, self.metrics = self.out / "ckpt.pt", self.out / "metrics.jsonl"
         self.skipped = self.skipped_in_a_row = 0
-        self.saved = self.validated = None  # the last steps that were
+        self.saved = self.validated = None  # the last saved step, and the last validated one
         self.best = math.inf  # the lowest validation loss
         self.signal, self.error = 0, ""  # the first signal; why the data can't be read
         if is_main():
@@ -439,12 +449,12 @@ class Run:
                f"{self.out}: from step {step} to {self.args.iters}")
         if all_reduce_max(step) != -all_reduce_max(-step):
             raise SystemExit(f"{self.ckpt}: the processes read different checkpoints")
-        for part in parts.values() if world_size() > 1 else ():
-            # Equal seeds can differ between CPUs, files between machines.
+        for part in parts.values():
+            # One seed can give different weights on different CPUs. Files can differ, too.
             module = isinstance(part, torch.nn.Module)
             for tensors in [part.state_dict()] if module else part.state.values():
                 for tensor in tensors.values():
-                    dist.broadcast(tensor, 0)
+                    broadcast(tensor)
         if is_main():  # forget what was logged after the checkpoint
             text = "".join(json.dumps(line) + "\n" for line in read_metrics(self.metrics)
                            if state and line["step"] <= step)
@@ -508,9 +518,9 @@ class Run:
             raise KeyboardInterrupt
 
     def stop_if_requested(self, step):
-        """If a process has received a signal, save and exit with 128 + its number; likewise if its
-        data can't be read. While steps are being skipped a signal waits: nothing may be saved then.
-        Before the first call a signal ends the script."""
+        """If a process has received a signal, save and exit with 128 + its number. If its data
+        can't be read, save and exit with an error. A signal waits while steps are being skipped,
+        as nothing may be saved then. Before the first call a signal ends the script."""
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self.handle_signal)

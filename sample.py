@@ -72,7 +72,7 @@ def parse():
     add("--runs", nargs="+", metavar="PRIOR:TOKENIZER", help="pairs of checkpoints to compare")
     add = parser.add_argument_group("noise test").add_argument
     add("--noise", metavar="DATA",
-        help="print the share of codes that change if these images get noise")
+        help="print the percentage of the codes of these images that noise changes")
     add("--sigma", type=positive, default=0.01, help="standard deviation, for images in [0, 1]")
     args = parser.parse_args()
     if args.teacher_forced and not all(pair.count(":") == 1 for pair in args.runs or ["none"]):
@@ -166,7 +166,7 @@ def sample_batches(pair, labels, args, options):
 def write_npz(path, shape, batches, labels):
     """Write samples to an npz in ADM's layout, batch by batch: 50,000 samples of 256 x 256 take
     10 GB, which are neither held in memory nor written twice."""
-    with runtime.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with runtime.replacing(path) as output, zipfile.ZipFile(output, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(
                 file, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -202,7 +202,8 @@ def sample_images(args, device, compiled):
 
     samples = data.NpzSamples(str(path)).array()  # memory-mapped
     rows = [("", samples[:64])]
-    if labels is not None:  # a row for each of the first eight classes
+    # A row for each of eight classes, unless there are many with few samples each.
+    if labels is not None and (len(cycle) <= 8 or args.count >= 4 * len(cycle)):
         rows = [(data.row_label(state["classes"][c], c), samples[n::len(cycle)][:8])
                 for n, c in enumerate(cycle[:8].tolist())]
     rows = [(name, torch.tensor(images).movedim(3, 1)) for name, images in rows]
@@ -253,7 +254,9 @@ def reconstruct(args, device):
         for part in images.split(64):
             x = data.to_float(part, device)
             x_hat, indices, _ = tokenizer(x)
-            parts.append((data.to_uint8(x_hat).cpu(), indices.cpu()))
+            first = sum(len(codes) for _, codes in parts)
+            kept = [i - first for i in shown if first <= i < first + len(x)]
+            parts.append((data.to_uint8(x_hat[kept]).cpu(), indices.cpu()))
             terms = perceptual(x_hat, x)[1] if perceptual else dict.fromkeys(LAYERS, math.nan)
             low, sem = (sum(terms[layer] for layer in side) for side in (LOW_LAYERS, SEM_LAYERS))
             x_hat = x_hat.clamp(-1, 1)
@@ -266,7 +269,7 @@ def reconstruct(args, device):
         usage = 100 * usage_and_perplexity(codes.flatten().bincount(minlength=K))[0]
         print("{:8.4f} {:6.2f} {:7.4f} {:7.4f}".format(*means), f"{usage:10.1f} %   {path}")
         number = number if len(paths) > 1 else ""
-        rows.append((f"reconstruction {number}", x_hat[shown]))
+        rows.append((f"reconstruction {number}", x_hat))
         codes = codes.numpy().astype(np.int32)
         runtime.save_file(out / f"codes{number}.npy", lambda file, c=codes: np.save(file, c))
     save_sheet(out / "reconstructions.png", rows)
@@ -307,7 +310,7 @@ def teacher_forced(args, device):
 
 @torch.no_grad()
 def noise_test(args, device):
-    """Fig. 8: print the share of codes that change if the images get weak noise."""
+    """Fig. 8: print the percentage of codes that change if weak noise is added to the images."""
     tokenizer, saved = load_tokenizer(args.tokenizer, device)
     images, *_ = read_images(args.noise, [(tokenizer, saved)], args.count)
     generator, changed = torch.Generator().manual_seed(args.seed), []

@@ -49,8 +49,8 @@ def parse():
     add("--code_cache", help="folder of the code cache; default: codes/ in --out")
     given, defaults = runtime.parse_flags(parser)
 
-    # The command line overrides the checkpoint's flags, and these override the defaults. A new
-    # prior takes some from its tokenizer.
+    # Flags of the command line override those of the checkpoint, which override the defaults. A
+    # new prior takes data, crop and image size from its tokenizer.
     saved = runtime.resumed_flags(given, defaults, "prior")
     if not saved:
         path = given.get("tokenizer", defaults["tokenizer"])

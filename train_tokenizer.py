@@ -77,7 +77,7 @@ def build_parser():
     add("--vq_warmup", type=number, default=0, help="steps of training without quantization, after "
         "which K-means initializes the codebook (ours, for short runs)")
     add("--disc_warmup", type=number, default=20_000, help="steps over which the adversarial "
-        "weight rises from 0; default with the discriminator of --init: 0")
+        "weight rises from 0; 0 if --init has a discriminator")
     add("--disc_channels", type=size, nargs=2, default=[128, 512],
         help="base and maximum number of channels of the discriminator")
     add("--r1_weight", type=weight, default=10.0, help="weight of the R1 penalty")
@@ -228,14 +228,14 @@ def save_reconstructions(path, model, val, args, device):
 # ------------------------------------------------------------------------------------ training
 
 def kmeans_codebook(model, x, seed, args):
-    """Replace the codebook by K-means of the encoder's outputs on x, the last 16,384 of all
-    processes (64 images of 256 x 256). The processes compute the same codebook: rows and seed are
-    equal, and the sums run on the CPU."""
+    """Replace the codebook by K-means of the encoder's outputs on x: the last 16,384 vectors (64
+    images of 256 x 256) of all processes."""
     with runtime.eval_mode(model, x.device, args.dtype):
         z = model.encoder(x).float().permute(0, 2, 3, 1).flatten(0, 2)
     z = vq.all_gather_rows(z)[-16_384:]
     if z.isfinite().all(1).any():
         model.quantizer.codebook.data.copy_(vq.kmeans(z, args.codebook_size, seed))
+        runtime.broadcast(model.quantizer.codebook.data)  # CPUs may round differently
 
 
 def build_models(args, device, init=None):

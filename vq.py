@@ -299,8 +299,8 @@ def load_tokenizer(path, device="cpu"):
         model.load_state_dict(state["model"])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} is not a checkpoint of train_tokenizer.py ({reason}), or an old "
-                         f"one (docs/running.md)") from error
+        raise SystemExit(f"{path} is not a checkpoint of train_tokenizer.py ({reason}). "
+                         f"docs/running.md converts old ones") from error
     model.requires_grad_(False).eval()
     return model.to(device, memory_format=torch.channels_last), state
 
@@ -315,7 +315,7 @@ def fingerprint(model):
 
 
 # ---------------------------------------------------------------- Table 5's other quantizers
-# "kmeans" is a Quantizer whose codebook train_tokenizer.py replaces by K-means now and then.
+# "kmeans" is a Quantizer. train_tokenizer.py replaces its codebook by K-means every 2,000 steps.
 
 def kmeans(points, K, seed, rounds=10):
     """Lloyd's algorithm on the CPU: points (N, dim) -> centers (K, dim). Non-finite points are

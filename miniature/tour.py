@@ -138,7 +138,7 @@ def main():
         names = [state["classes"][label] for label in labels]
         frames = sampling_frames(prior, phase2, labels, 1, **options)
         figures.image_sheet(out / f"{kind}.png", list(zip(names, frames)))
-    lower = images2.copy()  # of the loop above, `prior` is the NAR prior
+    lower = images2.copy()  # the last prior of the loop above is the NAR prior
     lower[:, :x.shape[-1] // 2] = 200
     figures.image_sheet(out / "complete.png", [
         ("reconstruction", images2), ("known codes", lower)] + [

@@ -30,9 +30,9 @@ def parse():
     parser.add_argument("--widths", type=runtime.positive_int, nargs=5,
                         default=[16, 32, 64, 96, 128], help="channels of each stage")
     parser.add_argument("--fgsm_eps", type=runtime.at_least(0, float), default=0.05,
-                        help="final FGSM epsilon, for images in [-1, 1]: each batch is used again "
-                             "with an adversarial perturbation, because a decoder learns patterns "
-                             "that deceive a network trained without. 0: off, for classes with "
+                        help="final epsilon of FGSM, for images in [-1, 1]. Each batch is used a "
+                             "second time with an adversarial perturbation; otherwise decoders "
+                             "learn patterns that deceive the network. 0: off, for classes with "
                              "few images")
     given, defaults = runtime.parse_flags(parser)
     saved = runtime.resumed_flags(given, defaults, "vgg")
@@ -50,7 +50,7 @@ def perturb(x, generator):
 
     sigma = 0.5 + 1.5 * torch.rand((), generator=generator).item()
     x = torch.where(uniform() < 0.5, x, TF.gaussian_blur(x, [5, 5], [sigma, sigma]))
-    x = torch.lerp(x.mean(1, keepdim=True), x, 0.3 + 0.7 * uniform())  # from grey to full colour
+    x = torch.lerp(x.mean(1, keepdim=True), x, 0.3 + 0.7 * uniform())  # from grey to full color
     x = x * (0.7 + 0.5 * uniform())
     blotches = F.interpolate(normal(8), x.shape[2:], mode="bilinear")
     return x + blotches * 0.3 * uniform() + normal(x.shape[2]) * 0.3 * uniform()

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def drawings(n, seed, shift=0, size=64):
-    """Random colours from coarse to fine, uint8 (n, 3, size, size)."""
+    """Random colors from coarse to fine, uint8 (n, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.full((n, 3, size, size), 128.0 + shift)
     for s in (2, 4, 16, 64):

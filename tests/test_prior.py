@@ -390,7 +390,7 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
 
 
 @pytest.mark.parametrize("labels, count, rows, columns", [
-    ([], 8, 6, 2), (["cone", 0], 20, 2, 8), ([*range(6), *range(4)], 11, 8, 2), ([], 3, 3, 1)])
+    ([], 8, 6, 2), (["cone", 0], 20, 2, 8), ([*range(6), *range(4)], 40, 8, 4), ([], 3, 3, 1)])
 def test_a_row_of_the_grid_shows_one_class_beside_its_name(script, prior, tokenizer, tmp_path,
                                                            labels, count, rows, columns):
     words = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path]
