@@ -487,7 +487,7 @@ def plot_clutter(runs, path):
                       for run in runs if run["seed"] == seed]
             axis.plot(*zip(*points), "o-", label=f"seed {seed}")
         axis.set(xlabel="clutter", ylabel="improvement by alpha 1")
-        axis.set_title(text, fontsize=9)
+        axis.set_title(text.replace(", ", "\n", 1), fontsize=10)
     axes[0].legend()
     save_plot(figure, path)
 
