@@ -216,16 +216,18 @@ def add_training_flags(parser, **defaults):
     add("--val", help="validation data; default: the data's own split, or 1 image in 20, held out")
     add("--image_size", type=positive_int, default=256, help="height and width of the images")
     add("--crop", choices=("random", "resized", "center"), default="random",
-        help="random: ImageNet, resized: FFHQ, center: LSUN")
+        help="training crop; random: ImageNet, resized: FFHQ, center: LSUN")
     add("--out", help="run folder")
-    add("--resume", action="store_true", help="resume the run in --out with its flags, or start")
+    add("--resume", action="store_true",
+        help="resume the run in --out; start it if there is none")
     add("--iters", type=positive_int, help="training steps")
-    add("--batch_size", type=positive_int, help="global batch, over processes and micro-batches")
+    add("--batch_size", type=positive_int, help="images per step, over all processes")
     add("--grad_accum", type=positive_int, default=1, help="micro-batches per step")
-    add("--lr", type=positive_float, help="learning rate")
+    add("--lr", type=positive_float, help="initial learning rate")
     add("--seed", type=at_least(0), default=0, help="random seed")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default: on a GPU")
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 on a GPU")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="use torch.compile; default: on a GPU only")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="precision; auto: bf16 on a GPU")
     add("--log_every", type=positive_int, default=50, help="steps between two progress lines")
     add("--eval_every", type=positive_int, help="steps between two validations, each followed by a "
         "checkpoint; default: 5000, or a tenth of --iters if that is less")

@@ -73,7 +73,8 @@ def parse():
     add = parser.add_argument_group("noise test").add_argument
     add("--noise", metavar="DATA",
         help="print the percentage of the codes of these images that noise changes")
-    add("--sigma", type=positive, default=0.01, help="standard deviation, for images in [0, 1]")
+    add("--sigma", type=positive, default=0.01,
+        help="standard deviation of the noise, for images in [0, 1]")
     args = parser.parse_args()
     if args.teacher_forced and not all(pair.count(":") == 1 for pair in args.runs or ["none"]):
         parser.error("--teacher_forced needs --runs PRIOR:TOKENIZER ..., one colon in each pair")

@@ -1,6 +1,6 @@
 """Train a transformer on a tokenizer's codes (Sec. 3.1.2). Defaults: Table 10, ImageNet.
 
-    python train_prior.py --size tiny --views 1 --batch_size 64 --lr 1e-3 --iters 1000    # a laptop
+    python train_prior.py --size tiny --batch_size 64 --lr 1e-3 --iters 1000    # a laptop
     torchrun --nproc_per_node=8 train_prior.py --kind nar --size large --views 10    # eight GPUs
 
 All processes first encode the data set, several augmented views per image, into a code cache.
@@ -36,7 +36,7 @@ def parse():
     add("--kind", choices=("ar", "nar"), default="ar", help="autoregressive, or masked (MaskGIT)")
     add("--size", choices=SIZES, default="base", help="size (Table 8); tiny is ours, for a CPU")
     add("--num_classes", type=runtime.at_least(0),
-        help="number of classes; 0: unconditional; default: as many as the data have")
+        help="0: unconditional; default: the number of classes in the data")
     add("--dropout", type=runtime.at_least(0, float), default=0.1, help="dropout rate (Table 8)")
     add("--label_dropout", type=runtime.at_least(0, float), default=0.0,
         help="fraction of labels replaced by the null class, for guidance; the paper uses none")

@@ -303,7 +303,7 @@ def main():
     batches = data.until_unreadable(data.train_loader(stream, args, start, device), run)
     averages = runtime.Averages()
     model.train()
-    micro_batches = list(islice(batches, args.grad_accum))
+    micro_batches = list(islice(batches, args.grad_accum))  # fetched before they are needed
     for step in range(start, args.iters + 1):
         run.stop_if_requested(step)
         if run.validation_is_due(step):
@@ -319,7 +319,7 @@ def main():
 
         xs = [data.to_float(x, device) for x, _ in micro_batches]  # (b, 3, S, S) in [-1, 1]
         if step in kmeans_steps:
-            kmeans_codebook(model, xs[0], step - args.vq_warmup, args)
+            kmeans_codebook(model, xs[0], seed=step - args.vq_warmup, args=args)
 
         # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
         # term, whose soft usage is a mean over one micro-batch (of all processes).

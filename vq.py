@@ -202,7 +202,7 @@ class Quantizer(nn.Module):
 
     def forward(self, z_hat):
         """-> z_q with straight-through gradient, indices, and the terms codebook, commitment,
-        soft_entropy (H of the soft usage, nats), vq, their weighted sum, and code_deviation."""
+        soft_entropy (H of the soft usage, nats), vq (their weighted sum), code_deviation."""
         with torch.autocast(z_hat.device.type, enabled=False):
             z = z_hat.float().permute(0, 2, 3, 1)  # (B, h, w, n_z)
             shape = z.shape
