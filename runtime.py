@@ -227,7 +227,8 @@ def add_training_flags(parser, **defaults):
     add("--seed", type=at_least(0), default=0, help="random seed")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="use torch.compile; default: on a GPU only")
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto", help="precision; auto: bf16 on a GPU")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="precision; auto: bf16 on a GPU, else fp32")
     add("--log_every", type=positive_int, default=50, help="steps between two progress lines")
     add("--eval_every", type=positive_int, help="steps between two validations, each followed by a "
         "checkpoint; default: 5000, or a tenth of --iters if that is less")
