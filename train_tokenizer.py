@@ -227,7 +227,7 @@ def save_reconstructions(path, model, val, args, device):
 
 # ------------------------------------------------------------------------------------ training
 
-def kmeans_codebook(model, x, seed, args):
+def kmeans_codebook(model, x, args, seed):
     """Replace the codebook by K-means of the encoder's outputs on x: the last 16,384 vectors (64
     images of 256 x 256) of all processes."""
     with runtime.eval_mode(model, x.device, args.dtype):
@@ -319,7 +319,7 @@ def main():
 
         xs = [data.to_float(x, device) for x, _ in micro_batches]  # (b, 3, S, S) in [-1, 1]
         if step in kmeans_steps:
-            kmeans_codebook(model, xs[0], seed=step - args.vq_warmup, args=args)
+            kmeans_codebook(model, xs[0], args, seed=step - args.vq_warmup)
 
         # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
         # term, whose soft usage is a mean over one micro-batch (of all processes).

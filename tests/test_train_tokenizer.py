@@ -102,9 +102,9 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
 def test_codes_begin_at_kmeans_after_steps_without_quantization(train, monkeypatch, tmp_path):
     kmeans_codebook, begun = train_tokenizer.kmeans_codebook, []
 
-    def watch(model, x, *rest):
+    def watch(model, x, *rest, **seed):
         assert 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
-        kmeans_codebook(model, x, *rest)
+        kmeans_codebook(model, x, *rest, **seed)
         z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
         begun.append(torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed=0)))
     monkeypatch.setattr(train_tokenizer, "kmeans_codebook", watch)
