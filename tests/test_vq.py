@@ -287,9 +287,9 @@ def test_the_codebook_becomes_kmeans_of_the_last_encoder_outputs_of_all_processe
     args = SimpleNamespace(dtype="fp32", codebook_size=8)
     processes(monkeypatch, all_gather=lambda rows, mine: [
         row.copy_(mine + 9 * i) for i, row in enumerate(rows)])
-    train_tokenizer.kmeans_codebook(model, x, 3, args)
+    train_tokenizer.kmeans_codebook(model, x, args, seed=3)
     rows = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)  # 10,240
     found = model.quantizer.codebook.clone()
     assert torch.equal(found, kmeans(torch.cat([rows, rows + 9])[-16_384:], 8, seed=3))
-    train_tokenizer.kmeans_codebook(model, x * math.nan, 4, args)  # there is nothing to cluster
+    train_tokenizer.kmeans_codebook(model, x * math.nan, args, seed=4)  # there is nothing to cluster
     assert torch.equal(model.quantizer.codebook, found)
