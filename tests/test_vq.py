@@ -291,5 +291,5 @@ def test_the_codebook_becomes_kmeans_of_the_last_encoder_outputs_of_all_processe
     rows = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)  # 10,240
     found = model.quantizer.codebook.clone()
     assert torch.equal(found, kmeans(torch.cat([rows, rows + 9])[-16_384:], 8, seed=3))
-    train_tokenizer.kmeans_codebook(model, x * math.nan, args, seed=4)  # there is nothing to cluster
+    train_tokenizer.kmeans_codebook(model, x * math.nan, args, seed=4)  # nothing to cluster
     assert torch.equal(model.quantizer.codebook, found)
