@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The miniature on emoji of four vendors, one seed: the commands behind the table in docs/miniature.md. Needs npm.
+# The miniature on emoji of four vendors, one seed: the commands behind the entry in docs/LOG.md. Needs npm.
 #
 #     bash miniature/emoji.sh      # writes emoji/, runs/ and samples-*/
 set -euo pipefail
