@@ -241,8 +241,9 @@ class Lsun(Folder):
             return decode(io.BytesIO(transaction.get(bytes(self.files[i]))), size), 0
 
 
+@cache
 def content_hash(source):
-    """Hash of all names, and of 100 images with their labels."""
+    """Hash of all names, and of 100 images with their labels. It is computed once per source."""
     digest = hashlib.sha256(repr([source.name(i) for i in range(len(source))]).encode())
     for i in evenly_spaced(len(source), 100):
         with contextlib.suppress(Exception):  # an unreadable image
@@ -315,7 +316,7 @@ class Unreadable(RuntimeError):
         return super().__str__().rpartition("Unreadable: ")[2].strip()
 
 
-report = cache(partial(print, flush=True))  # prints each text once per process
+report = cache(partial(print, flush=True))  # prints each text once
 
 
 def load_image(source, i, size, strict=False):
@@ -329,7 +330,8 @@ def load_image(source, i, size, strict=False):
             text = f"{name!r} can't be read ({runtime.describe(error)})"
         if strict:
             raise Unreadable(text)
-        report(f"skipped: {text}")
+        if report.cache_info().misses < 100:  # per process
+            report(f"skipped: {text}")
     raise Unreadable(f"no image can be read from {source.name(i)!r} on")
 
 
@@ -477,7 +479,7 @@ def main():
         counts[label] += 1
         if args.out:
             image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-            path = Path(args.out) / names[label] / f"{i:08}.png"
+            path = Path(args.out) / names[label].replace("/", "_") / f"{i:08}.png"
             runtime.save_file(path, partial(image.save, format="PNG"))
         elif len(shown) < 40 * done / len(chosen):  # evenly spaced
             shown.append(pixels[0])

@@ -179,15 +179,20 @@ def at_least(minimum, kind=int):
     def convert(text):
         number = kind(text)
         if not minimum <= number < math.inf:
-            bound = "> 0" if minimum == TINY else f">= {minimum}"
-            raise argparse.ArgumentTypeError(f"must be {bound}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be >= {minimum}, not {text}")
         return number
     convert.__name__ = kind.__name__  # argparse: "invalid int value"
     return convert
 
 
-TINY = 1e-12  # stands for "above 0"
-positive_int, positive_float = at_least(1), at_least(TINY, float)
+positive_int = at_least(1)
+
+
+def positive_float(text):
+    """An argparse type: a finite float > 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be > 0, not {text}")
+    return float(text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -26,7 +26,7 @@ import data
 import runtime
 from losses import LAYERS, LOW_LAYERS, SEM_LAYERS, PerceptualLoss, load_vgg, sha256
 from transformer import load_prior
-from vq import all_gather_rows, fingerprint, load_tokenizer, usage_and_perplexity
+from vq import all_gather_rows, fingerprint, l1_and_psnr, load_tokenizer, usage_and_perplexity
 
 # Table 10. The first value is ImageNet's, for priors with classes, the second FFHQ's and LSUN's.
 DEFAULTS = {"ar": {"top_p": (0.92, 0.98), "top_k": (0, 0)},
@@ -247,23 +247,19 @@ def reconstruct(args, device):
     images, *_ = read_images(args.reconstruct, tokenizers, args.count)
     vgg = args.vgg or tokenizers[0][1]["args"].get("vgg")  # miniature/weights name none
     perceptual = vgg and PerceptualLoss(load_vgg(vgg), layers=LAYERS).to(device)
-    shown = data.evenly_spaced(len(images), 64)
+    shown = torch.zeros(len(images), dtype=torch.bool)
+    shown[data.evenly_spaced(len(images), 64)] = True
     rows = [("input", images[shown])]
     print("      L1   PSNR   L_low   L_sem   codes used")
     for number, (path, (tokenizer, _)) in enumerate(zip(paths, tokenizers), 1):
         parts, means = [], 0
-        for part in images.split(64):
+        for part, mask in zip(images.split(64), shown.split(64)):
             x = data.to_float(part, device)
             x_hat, indices, _ = tokenizer(x)
-            first = sum(len(codes) for _, codes in parts)
-            kept = [i - first for i in shown if first <= i < first + len(x)]
-            parts.append((data.to_uint8(x_hat[kept]).cpu(), indices.cpu()))
+            parts.append((data.to_uint8(x_hat).cpu()[mask], indices.cpu()))
             terms = perceptual(x_hat, x)[1] if perceptual else dict.fromkeys(LAYERS, math.nan)
             low, sem = (sum(terms[layer] for layer in side) for side in (LOW_LAYERS, SEM_LAYERS))
-            x_hat = x_hat.clamp(-1, 1)
-            mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
-            psnr = -10 * mse.clamp(min=1e-10).log10()
-            values = (x_hat - x).abs().mean(), psnr.mean(), low, sem
+            values = *l1_and_psnr(x_hat, x), low, sem
             means += torch.tensor([*map(float, values)]) * len(x) / len(images)
         x_hat, codes = map(torch.cat, zip(*parts))
         K = tokenizer.quantizer.codebook_size
@@ -274,7 +270,7 @@ def reconstruct(args, device):
         codes = codes.numpy().astype(np.int32)
         runtime.save_file(out / f"codes{number}.npy", lambda file, c=codes: np.save(file, c))
     save_sheet(out / "reconstructions.png", rows)
-    print(f"{len(shown)} of {len(images)} images in {out}/reconstructions.png")
+    print(f"{shown.sum()} of {len(images)} images in {out}/reconstructions.png")
 
 
 @torch.no_grad()

@@ -289,8 +289,8 @@ def main():
             indices, labels = load_codes(cache, rows, args, device)
             first = mine.start - step * args.batch_size
             u = noise[first:first + len(mine)].to(device, non_blocking=True)
-            corrupted = model.make_inputs(indices, labels, u, args.label_dropout)
-            micro_batches.append((indices, *corrupted))
+            inputs = model.make_inputs(indices, labels, u, args.label_dropout)
+            micro_batches.append((indices, *inputs))
         averages.add(loss=prior_step(model, micro_batches, args))
         lr = learning_rate(step, args)
         norm, = run.step([opt], lr)

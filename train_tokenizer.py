@@ -199,10 +199,7 @@ def validate(networks, val, run, args, device):
             z_q, indices, _ = encode(model, x, args)
             x_hat = model.decode(z_q)
             loss, layers = perceptual(x_hat, x, losses.LAYERS)
-        x_hat = x_hat.clamp(-1, 1)
-        mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
-        psnr = -10 * mse.clamp(min=1e-10).log10()
-        values = [(x_hat - x).abs().mean(), psnr.mean(), loss, *layers.values(), loss.new_ones(())]
+        values = [*vq.l1_and_psnr(x_hat, x), loss, *layers.values(), loss.new_ones(())]
         total += torch.stack(values).float() * len(x)
         histogram += torch.bincount(indices.flatten(), minlength=args.codebook_size)
     means = dict(zip(names, (runtime.all_reduce_sum(total) / total[-1]).tolist()))

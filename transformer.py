@@ -303,18 +303,16 @@ def maskgit(tokens, logits_fn, T, mask_id, temperature=1.0, choice_temperature=0
 
 def load_prior(path, device="cpu"):
     """A checkpoint of train_prior.py -> the model in eval mode, and the whole checkpoint."""
-    hint = ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["component"] != "prior":
             raise ValueError(f"it holds a {state['component']}")
-        hint = ". docs/running.md converts checkpoints made before 2026-12-01"
         model = Transformer(**state["config"])
         model.load_state_dict(state["model"])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise SystemExit(f"{path} can't be loaded as a checkpoint of train_prior.py ({reason})"
-                         f"{hint}") from error
+        raise SystemExit(f"{path} is not a checkpoint of train_prior.py ({reason}). "
+                         f"docs/running.md converts old ones") from error
     # Not frozen: autocast caches bf16 copies only of weights that require gradients.
     return model.eval().to(device), state
 

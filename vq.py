@@ -242,6 +242,14 @@ def usage_and_perplexity(histogram):
     return (histogram > 0).float().mean().item(), H.exp().item(), H.item()
 
 
+def l1_and_psnr(x_hat, x):
+    """L1 of reconstructions, clamped to [-1, 1], and their PSNR in dB: means over the batch."""
+    x_hat = x_hat.clamp(-1, 1)
+    mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
+    psnr = -10 * mse.clamp(min=1e-10).log10()
+    return (x_hat - x).abs().mean(), psnr.mean()
+
+
 # ------------------------------------------------------------------------------ the tokenizer
 
 class VQModel(nn.Module):

@@ -224,8 +224,8 @@ def priors(args, device, table, sample):
             def train(model=model, cache=cache, opt=opt):
                 indices, labels = train_prior.load_codes(cache, np.arange(b), flags, device)
                 u = torch.rand(b, N + 2, device=device)
-                corrupted = model.make_inputs(indices, labels, u)
-                train_prior.prior_step(model, [(indices, *corrupted)], flags)
+                inputs = model.make_inputs(indices, labels, u)
+                train_prior.prior_step(model, [(indices, *inputs)], flags)
                 step_of([opt])
 
             def draw(model=model, labels=labels):

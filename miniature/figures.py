@@ -115,9 +115,9 @@ def held_out(flags, count=None):
     return x, torch.tensor([source.parts(i) for i in chosen])
 
 
-def variance_explained(flags):
-    """The fraction of the pixels' variance that a linear regression on the parts explains."""
-    x, parts = held_out(flags)
+def variance_explained(x, parts):
+    """The fraction of the pixels' variance that a linear regression on the parts explains. The
+    arguments are what `held_out` returns."""
     x = x.flatten(1).double()
     one_hot = [torch.nn.functional.one_hot(kind, n) for kind, n in zip(parts.T, KINDS)]
     given = torch.cat([*one_hot, torch.ones(len(x), 1)], 1).double()
@@ -216,20 +216,18 @@ def measure(run):
         classified = torch.stack([part.argmax(1) for part in logits], 1)
         values["parts"] = 100 * (classified == parts).float().mean().item()
         for phase, suffix, tokenizer in ((1, "", phase1), (2, "_2", phase2)):
-            x_hat = tokenizer.decode_indices(s).clamp(-1, 1)
-            mse = ((x_hat - x) / 2).square().mean((1, 2, 3))  # of values in [0, 1]
-            values["l1" + suffix] = (x_hat - x).abs().mean().item()
-            values["psnr" + suffix] = (-10 * mse.log10()).mean().item()
+            l1, psnr = vq.l1_and_psnr(tokenizer.decode_indices(s), x)
+            values["l1" + suffix], values["psnr" + suffix] = l1.item(), psnr.item()
             metrics = read_json(folder / f"phase{phase}.json")
             values["fd" + suffix], values["usage" + suffix] = metrics["FD"], 100 * metrics["usage"]
             metrics = read_json(folder / f"nar{phase}.json")
             values["nar_fd" + suffix] = metrics["FD"]
             values["nar_accuracy" + suffix] = 100 * metrics["accuracy"]
-        values["variance_explained"] = variance_explained(flags_of(folder / "phase1"))
         values["fd_ratio"] = values["ar_fd_2"] / values["fd_2"]
         values["nar_loss"] = best_validation(folder / "nar")["loss"]
         values["nar_improvement"] = values["unigram_entropy"] - values["nar_loss"]
         x, parts = held_out(flags_of(folder / "phase1"))
+        values["variance_explained"] = variance_explained(x, parts)
         s = torch.cat([phase1.encode(batch)[1].flatten(1) for batch in x.split(500)])
         ar, nar = (losses_by_context(load_prior(folder / kind / "best.pt")[0], s, parts[:, 0])
                    for kind in ("ar", "nar"))

@@ -66,8 +66,8 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def refused(script, capsys):
-    """refused("sample", "--count", 0): the sentence with which the script exits, code not 0."""
+def rejected(script, capsys):
+    """rejected("sample", "--count", 0): the sentence with which the script exits, code not 0."""
     def call(name, *words):
         with pytest.raises(SystemExit) as ended:
             script(name, *words)

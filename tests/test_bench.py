@@ -44,7 +44,7 @@ def test_count_tflop_of_a_matrix_product():
     assert bench.count_tflop(lambda: a @ b) == pytest.approx(2 * 8 * 16 * 32 / 1e12)
 
 
-def test_check_reports_a_device_with_other_results(monkeypatch, script, refused):
+def test_check_reports_a_device_with_other_results(monkeypatch, script, rejected):
     monkeypatch.setattr(losses, "VGG16", lambda: losses.SmallVGG([8] * 5, [6]))
     monkeypatch.setattr(check, "CHANNELS", (16, 16))
     monkeypatch.setattr(check, "DISC_CHANNELS", (8, 8))
@@ -56,7 +56,7 @@ def test_check_reports_a_device_with_other_results(monkeypatch, script, refused)
         next(self.parameters()).data.mul_(1 + 0.01 * next(calls))
         return to(self, *args, **kwargs)
     monkeypatch.setattr(torch.nn.Module, "to", scaled)
-    assert "AR prior, fp32, eager" in refused("check", "--device", "cpu")
+    assert "AR prior, fp32, eager" in rejected("check", "--device", "cpu")
 
 
 def test_first_hour_does_not_repeat_a_finished_part(vgg, tmp_path):

@@ -88,20 +88,20 @@ def test_class_folders_of_any_depth(tmp_path, capsys, monkeypatch):
     assert f"Permission denied: '{root}/only'" in capsys.readouterr().out
 
 
-def test_what_is_not_a_set_of_images_is_rejected(refused, tmp_path, photos):
-    assert "--val" in refused("train_tokenizer", "--data", photos, "--out", tmp_path / "out")
-    assert "--val" in refused("data", "--data", photos, "--split", "val")  # too few images
+def test_what_is_not_a_set_of_images_is_rejected(rejected, tmp_path, photos):
+    assert "--val" in rejected("train_tokenizer", "--data", photos, "--out", tmp_path / "out")
+    assert "--val" in rejected("data", "--data", photos, "--split", "val")  # too few images
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.tar").write_bytes(b"")
     Image.new("RGB", (20, 20)).save(photos / "stray.png")  # beside class folders
     folders = [str(tmp_path / name) for name in ("absent", "file.tar", "empty", "photos")]
     for spec in (*folders, "lsun:absent", "torchvision:Imagenete", "torchvision:ImageFolder"):
-        assert spec in refused("data", "--data", spec)
+        assert spec in rejected("data", "--data", spec)
     (photos / "stray.png").unlink()
     for first, last in (("train", "val"), ("Train", "test"), ("TRAINING", "Valid")):
         for folder, split in zip(sorted(photos.iterdir()), sorted((first, last))):
             folder.rename(photos / split)
-        sentence = refused("data", "--data", photos)  # these are splits, not classes
+        sentence = rejected("data", "--data", photos)  # these are splits, not classes
         assert f"--data {photos}/{first} --val {photos}/{last}" in sentence
 
 
@@ -368,7 +368,7 @@ def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_phot
     assert capsys.readouterr().out.count("skipped") == 1
 
 
-def test_a_thousand_unreadable_images_in_succession_are_an_error():
+def test_a_thousand_unreadable_images_in_succession_are_an_error(capsys):
     """The run then saves and exits (test_faults.py)."""
     class Broken(Tiny):
         SIZES = {"train": 1500}
@@ -382,9 +382,10 @@ def test_a_thousand_unreadable_images_in_succession_are_an_error():
     for source, first in ((Broken(), 200), (data.HoldOutSplit(Broken(), range(3)), 0)):
         with pytest.raises(data.Unreadable, match=f"no image can be read from 'picture {first}'"):
             data.load_image(source, first, 8)
+    assert capsys.readouterr().out.count("skipped") == 100  # at most, per process
 
 
-def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_path, capsys,
+def test_the_command_line_checks_shows_and_exports(script, rejected, photos, tmp_path, capsys,
                                                    monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = Folder(photos)
@@ -406,7 +407,7 @@ def test_the_command_line_checks_shows_and_exports(script, refused, photos, tmp_
         assert np.array_equal(copy.resize((32, 32)), data.center_crop(source.load(i)[0], 32))
     script("data", *flags, "some", "--count", 3)
     assert len([*tmp_path.glob("some/*/*.png")]) == 3
-    assert "out is not empty" in refused("data", *flags, "out")
+    assert "out is not empty" in rejected("data", *flags, "out")
     np.savez("samples.npz", np.zeros((2, 24, 24, 3), np.uint8))  # keep their size
     script("data", "--data", "samples.npz", "--workers", 0, "--out", "pngs")
     assert [Image.open(path).size for path in tmp_path.glob("pngs/*.png")] == [(24, 24)] * 2

@@ -198,14 +198,14 @@ def test_two_processes_compute_what_one_computes(script, vgg, tmp_path):
         assert all(torch.allclose(x, b["model"][k], atol=1e-5) for k, x in a["model"].items())
 
 
-def test_two_runs_can_not_have_one_folder(words, script, refused, tmp_path):
+def test_two_runs_can_not_have_one_folder(words, script, rejected, tmp_path):
     hold = ("import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
             "print('held', flush=True)\nsys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     for more in ([], ["--resume"]):
-        sentence = refused(*words["train_vgg"], *more, "--out", tmp_path)
+        sentence = rejected(*words["train_vgg"], *more, "--out", tmp_path)
         assert "another process trains in" in sentence
     other.communicate()
     script(*words["train_vgg"], "--iters", 1, "--out", tmp_path)
@@ -250,7 +250,7 @@ def test_all_scripts_without_float64_and_with_data_that_can_be_pickled(script, m
 @pytest.mark.parametrize("kind, workers, folder", [
     ("phase 1", 1, "train"), ("train_vgg", 0, "train"), ("phase 1", 0, "val"),
     ("train_vgg", 0, "val")])
-def test_a_run_whose_data_vanish_is_saved_and_ends(kind, workers, folder, words, refused, at_step,
+def test_a_run_whose_data_vanish_is_saved_and_ends(kind, workers, folder, words, rejected, at_step,
                                                    many_photos, tmp_path):
     many_photos.rename(tmp_path / "train")
     shutil.copytree(tmp_path / "train", tmp_path / "val")
@@ -259,9 +259,9 @@ def test_a_run_whose_data_vanish_is_saved_and_ends(kind, workers, folder, words,
         for path in (tmp_path / folder).rglob("*.png") if n == 3 else ():
             path.write_bytes(b"")
     at_step(vanish)
-    sentence = refused(*words[kind], "--data", tmp_path / "train", "--val", tmp_path / "val",
-                       "--iters", 99, "--eval_every", 5, "--workers", workers,
-                       "--out", tmp_path / "run")
+    sentence = rejected(*words[kind], "--data", tmp_path / "train", "--val", tmp_path / "val",
+                        "--iters", 99, "--eval_every", 5, "--workers", workers,
+                        "--out", tmp_path / "run")
     assert "no image can be read" in sentence
     last = lines(tmp_path / "run", "train")[-1]["step"]
     assert load(tmp_path / "run/ckpt.pt")["step"] == last < 99
@@ -302,7 +302,7 @@ def test_a_state_whose_validation_loss_is_not_finite_is_not_saved(kind, words, s
 
 # ------------------------------------------------------------------------------- what people type
 
-def test_a_mistake_is_one_sentence_before_any_work(words, refused, tokenizer, vgg, prior, tmp_path,
+def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, vgg, prior, tmp_path,
                                                    monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -339,14 +339,14 @@ def test_a_mistake_is_one_sentence_before_any_work(words, refused, tokenizer, vg
             "fid": {"--real sizes --workers 1": "b.png --image_size"}}.items():
         for mistake, key_words in mistakes.items():
             fresh = [] if kind == "fid" else ["--out", "fresh"]
-            sentence = refused(*words[kind], *fresh, *mistake.split())
+            sentence = rejected(*words[kind], *fresh, *mistake.split())
             assert all(word in sentence for word in key_words.split()), (mistake, sentence)
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    assert "one process" in refused(*words["train_vgg"], "--out", "fresh")
+    assert "one process" in rejected(*words["train_vgg"], "--out", "fresh")
     assert not (tmp_path / "fresh/ckpt.pt").exists()
 
 
-def test_a_run_is_neither_overwritten_nor_resumed_as_another_one(words, script, refused, tmp_path):
+def test_a_run_is_neither_overwritten_nor_resumed_as_another_one(words, script, rejected, tmp_path):
     other = save_tokenizer(tmp_path / "other.pt", seed=1)
     words["phase 1"] += ["--adv_weight", 0]
     for kind, *changes in (
@@ -356,14 +356,14 @@ def test_a_run_is_neither_overwritten_nor_resumed_as_another_one(words, script, 
         out = tmp_path / kind
         script(*words[kind], "--iters", 1, "--out", out)
         before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-        assert "already holds a run" in refused(*words[kind], "--seed", 1, "--out", out)
+        assert "already holds a run" in rejected(*words[kind], "--seed", 1, "--out", out)
         for flag, value, sentence in changes:
-            assert sentence in refused(*words[kind], flag, value, "--resume", "--out", out)
+            assert sentence in rejected(*words[kind], flag, value, "--resume", "--out", out)
         assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     path = tmp_path / "phase 1/ckpt.pt"
     for content in (path.read_bytes()[:9000], b"", b"something else"):
         path.write_bytes(content)
-        assert "ckpt.pt is not a checkpoint" in refused(*words["phase 1"], "--resume",
-                                                        "--out", tmp_path / "phase 1")
-    sentence = refused(*words["phase 1"], "--out", path)  # a file
+        assert "ckpt.pt is not a checkpoint" in rejected(*words["phase 1"], "--resume",
+                                                         "--out", tmp_path / "phase 1")
+    sentence = rejected(*words["phase 1"], "--out", path)  # a file
     assert str(path) in sentence and "cannot write" in sentence

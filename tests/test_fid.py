@@ -367,14 +367,15 @@ def test_reconstructions_of_the_training_data_are_of_its_held_out_part(vgg, tmp_
 
 # -------------------------------------------------------------------------------------- errors
 
-def test_statistics_of_other_features_are_rejected(refused, tf1, tmp_path, vgg):
+def test_statistics_of_other_features_are_rejected(rejected, tf1, tmp_path, vgg):
     made = "weights 01234567, --resize none"
     np.savez(tmp_path / "other.npz", mu=np.zeros(16), sigma=np.eye(16), made=made)
     for path in (tf1.tmp / "a.npz", tmp_path / "other.npz"):  # the first is Inception's
-        assert str(path) in refused("fid", "--real", path, "--fake", "shapes", "--feature_net", vgg)
+        words = "--real", path, "--fake", "shapes", "--feature_net", vgg
+        assert str(path) in rejected("fid", *words)
 
 
-def test_a_broken_npz_is_one_sentence_that_names_it(refused, vgg, tmp_path):
+def test_a_broken_npz_is_one_sentence_that_names_it(rejected, vgg, tmp_path):
     good = write_npz(tmp_path / "good.npz", drawings(4, seed=0, size=16))
     statistics, bad = dict(mu=np.zeros(16), sigma=np.eye(16)), tmp_path / "bad.npz"
     np.savez(tmp_path / "s.npz", **statistics)
@@ -386,31 +387,31 @@ def test_a_broken_npz_is_one_sentence_that_names_it(refused, vgg, tmp_path):
         else:
             bad.write_bytes(content)
         for real, fake in ((good, bad), (bad, good)):
-            assert str(bad) in refused("fid", "--real", real, "--fake", fake, "--feature_net", vgg)
+            assert str(bad) in rejected("fid", "--real", real, "--fake", fake, "--feature_net", vgg)
 
 
-def test_without_inceptions_weights_the_alternative_is_named(refused, tmp_path, monkeypatch):
+def test_without_inceptions_weights_the_alternative_is_named(rejected, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # no network
     for words, name in (([], fid.URL), (["--inception", "none.pth"], "none.pth")):
-        sentence = refused("fid", "--real", "shapes", *words)
+        sentence = rejected("fid", "--real", "shapes", *words)
         assert name in sentence and "--feature_net" in sentence
 
 
-def test_an_unreadable_image_is_an_error_that_names_it(refused, vgg, tmp_path):
+def test_an_unreadable_image_is_an_error_that_names_it(rejected, vgg, tmp_path):
     good, bad = (write_pngs(tmp_path / name, drawings(4, seed=0, size=16)) for name in "ab")
     for path in (tmp_path / "b/0003.png", tmp_path / "b/0000.png"):
         path.write_bytes(path.read_bytes()[:100])
         for real, fake, workers in ((good, bad, 2), (bad, good, 0)):
-            assert path.name in refused("fid", "--real", real, "--fake", fake, "--feature_net", vgg,
-                                        "--device", "cpu", "--workers", workers)
+            words = "--real", real, "--fake", fake, "--feature_net", vgg, "--workers", workers
+            assert path.name in rejected("fid", *words, "--device", "cpu")
 
 
-def test_a_missing_file_is_an_error_before_any_work(refused, vgg, tmp_path, monkeypatch):
+def test_a_missing_file_is_an_error_before_any_work(rejected, vgg, tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "compute_statistics", lambda *_: pytest.fail("work"))
     good = {"--real": "shapes", "--image_size": 16, "--feature_net": vgg}
     for flag, name in (("--real", "folder"), ("--real", "s.npz"), ("--fake", "folder"),
                        ("--fake", "s.npz"), ("--tokenizer", "ckpt.pt"),
                        ("--feature_net", "vgg.pt")):
         flags = good | {flag: tmp_path / name}
-        assert name in refused("fid", *[word for pair in flags.items() for word in pair])
+        assert name in rejected("fid", *[word for pair in flags.items() for word in pair])

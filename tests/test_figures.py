@@ -59,8 +59,8 @@ def test_the_tables_have_means_spreads_verdicts_and_conditions():
 def test_the_parts_explain_the_less_of_the_pixels_the_more_clutter_there_is(monkeypatch):
     """shapes.py names the fractions of the variance that a linear regression explains."""
     monkeypatch.setattr(Shapes, "SIZES", {"val": 400})
-    explained = [figures.variance_explained({"data": f"shapes:clutter={c}", "image_size": 16})
-                 for c in (0, 0.5, 1)]
+    explained = [figures.variance_explained(*figures.held_out(
+        {"data": f"shapes:clutter={c}", "image_size": 16})) for c in (0, 0.5, 1)]
     assert 1 > explained[0] > 0.6 > explained[1] > explained[2] > 0
 
 
@@ -177,9 +177,9 @@ def test_training_curves_are_drawn_by_unit(script, vgg, tokenizer, tmp_path, mon
     assert [*line.get_xdata()] == [0, 3, 6]
 
 
-def test_curves_of_a_folder_without_metrics_end_with_its_name(refused, tmp_path):
+def test_curves_of_a_folder_without_metrics_end_with_its_name(rejected, tmp_path):
     pytest.importorskip("matplotlib")
-    assert str(tmp_path) in refused("figures", "--curves", tmp_path)
+    assert str(tmp_path) in rejected("figures", "--curves", tmp_path)
 
 
 def test_block_and_dilated_attention_connect_all_in_two_steps():

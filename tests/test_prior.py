@@ -157,17 +157,17 @@ def test_the_name_of_a_cache_depends_on_all_that_the_codes_depend_on(tokenizer, 
     assert new(source=data.open_source(str(photos))) == 1
 
 
-def test_a_full_disk_is_one_sentence_and_costs_nothing(refused, script, tokenizer, prior,
+def test_a_full_disk_is_one_sentence_and_costs_nothing(rejected, script, tokenizer, prior,
                                                        tmp_path):
     words = ["train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / "run"]
     with full_disk(10_000):
-        assert "cannot write" in (sentence := refused(*words)) and ".bin: " in sentence
+        assert "cannot write" in (sentence := rejected(*words)) and ".bin: " in sentence
     found = encode(tmp_path / "run/codes/train", tokenizer, Shapes())  # when there is space again
     assert found.tobytes() == encode(tmp_path / "whole", tokenizer, Shapes()).tobytes()
     words = ["sample", "--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count",
              32, "--batch_size", 8, "--out", tmp_path / "samples"]
     with full_disk(10_000):
-        assert "samples.npz: " in (sentence := refused(*words)) and "cannot write" in sentence
+        assert "samples.npz: " in (sentence := rejected(*words)) and "cannot write" in sentence
     assert not [*tmp_path.glob("samples/*")]
     script(*words)
     assert len(data.NpzSamples(str(tmp_path / "samples/samples.npz"))) == 32
@@ -252,7 +252,7 @@ def test_a_prior_that_ignores_the_other_codes_is_reported(train, monkeypatch, ca
     assert capsys.readouterr().out.count("ignores the other codes") == (0 if uses else 3)
 
 
-def test_best_and_validated_survive_a_resume(train, script, refused, tokenizer, tmp_path,
+def test_best_and_validated_survive_a_resume(train, script, rejected, tokenizer, tmp_path,
                                              monkeypatch, signal_at, capsys):
     losses = iter([3.0, 1.0, math.nan, 1.5, 2.0, 0.5])
     names = "loss", "loss_little_context", "loss_much_context"
@@ -276,7 +276,7 @@ def test_best_and_validated_survive_a_resume(train, script, refused, tokenizer, 
     assert "is finished" in capsys.readouterr().out
     assert [v["loss"] for v in lines(tmp_path / "prior", "val")] == [3.0, 1.0, 1.5, 2.0, 0.5]
     save_tokenizer(tokenizer, seed=1)  # trained on in the meantime: other codes
-    assert str(tokenizer) in refused("train_prior", "--resume", "--out", tmp_path / "prior")
+    assert str(tokenizer) in rejected("train_prior", "--resume", "--out", tmp_path / "prior")
 
 
 def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, encoded):
@@ -366,7 +366,7 @@ def test_samples_are_whole_batches_decoded(script, tokenizer, phase_2, tmp_path,
         assert images.shape == (10, 16, 16, 3) and abs(images - want).max() <= 1
 
 
-def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
+def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, rejected):
     words = ["--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count", 12]
     script("sample", *words, "--out", tmp_path / "a")
     saved = np.load(tmp_path / "a/samples.npz")
@@ -378,7 +378,7 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     made = json.loads((tmp_path / "a/sampler.json").read_text())
     assert made["count"] == 12 and made["top_p"] == 0.92 and made["kind"] == "ar"
     assert len([*(tmp_path / "a").iterdir()]) == 3  # nothing unfinished is left
-    assert str(tmp_path / "a") in refused("sample", *words, "--out", tmp_path / "a")
+    assert str(tmp_path / "a") in rejected("sample", *words, "--out", tmp_path / "a")
     script("sample", *words, "--count", 3, "--out", tmp_path / "d")
     assert np.load(tmp_path / "d/samples.npz")["arr_1"].tolist() == [0, 2, 5]  # evenly spaced
     save_prior(prior, tokenizer, num_classes=0)
@@ -387,6 +387,10 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, refused):
     samples = [*np.load(tmp_path / "e/samples.npz")["arr_0"], *np.full((4, 16, 16, 3), 255)]
     assert np.array_equal(cells(tmp_path / "e/grid.png", 8), samples)
     assert Image.open(tmp_path / "e/grid.png").width == 6 * (8 * 18 + 2)  # no names
+    save_prior(prior, tokenizer)
+    script("sample", *words, "--labels", *range(6), *range(6), "--out", tmp_path / "f")
+    # A row per class would show one sample of each, and only of eight of the twelve labels.
+    assert Image.open(tmp_path / "f/grid.png").width == 6 * (8 * 18 + 2)
 
 
 @pytest.mark.parametrize("labels, count, rows, columns", [
@@ -425,31 +429,31 @@ def test_sampling_defaults_are_table_10s(monkeypatch, kind, name, values, others
             options(10, f"--{other}", "1")
 
 
-def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, refused,
+def test_what_does_not_belong_together_is_rejected(prior, tokenizer, tmp_path, rejected,
                                                    monkeypatch):
     other, out = save_tokenizer(tmp_path / "other.pt", seed=1), tmp_path / "out"
     words = ["sample", "--device", "cpu", "--out", out, "--tokenizer", tokenizer, "--prior", prior]
     view = [*words, "--teacher_forced", "shapes", "--runs"]
-    assert "other.pt" in refused(*view, f"{prior}:{other}")
+    assert "other.pt" in rejected(*view, f"{prior}:{other}")
     state = load(prior)
     state["args"]["tokenizer"] = "runs/mine/ckpt.pt"
     torch.save(state, prior)
-    sentence = refused(*words, "--tokenizer", other)
+    sentence = rejected(*words, "--tokenizer", other)
     assert "runs/mine/ckpt.pt or its phase 2" in sentence and "earlier" in sentence
     for pairs in ([], ["--runs", prior], ["--runs", f"C:{prior}:{tokenizer}"]):
-        assert "--runs" in refused(*words, "--teacher_forced", "shapes", *pairs)
-    assert "--reconstruct" in refused(*words, "--tokenizers", tokenizer)
+        assert "--runs" in rejected(*words, "--teacher_forced", "shapes", *pairs)
+    assert "--reconstruct" in rejected(*words, "--tokenizers", tokenizer)
     nar = save_prior(tmp_path / "nar.pt", tokenizer, kind="nar")
-    assert "nar.pt" in refused(*view, f"{nar}:{tokenizer}")
-    assert "--label_dropout" in refused(*words, "--cfg_scale", 2)
+    assert "nar.pt" in rejected(*view, f"{nar}:{tokenizer}")
+    assert "--label_dropout" in rejected(*words, "--cfg_scale", 2)
     for flag in ("count", "decode_steps", "batch_size", "temperature", "top_p"):
-        assert f"--{flag}" in refused(*words, f"--{flag}", 0)
-    assert "nearest names: cone" in refused(*words, "--labels", "cones")
+        assert f"--{flag}" in rejected(*words, f"--{flag}", 0)
+    assert "nearest names: cone" in rejected(*words, "--labels", "cones")
     bare = save_prior(tmp_path / "bare.pt", tokenizer, num_classes=0)
-    assert "without classes" in refused(*words, "--prior", bare, "--labels", 1)
+    assert "without classes" in rejected(*words, "--prior", bare, "--labels", 1)
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     for flag in ("--noise", "--reconstruct"):
-        assert "one process" in refused(*words, flag, "shapes")
+        assert "one process" in rejected(*words, flag, "shapes")
     assert not out.exists()
 
 
@@ -552,14 +556,14 @@ def test_one_tokenizer_reconstructs_many_images(tokenizer, many_photos, script, 
         assert np.array_equal(shown[k // 8 * 16 + k % 8], pixels)
 
 
-def test_images_that_can_not_be_reconstructed_are_one_sentence(tokenizer, refused, tmp_path):
+def test_images_that_can_not_be_reconstructed_are_one_sentence(tokenizer, rejected, tmp_path):
     words = ["sample", "--tokenizer", tokenizer, "--device", "cpu", "--out", tmp_path / "out",
              "--reconstruct"]
     (tmp_path / "mine").mkdir()
-    assert "no images" in refused(*words, tmp_path / "mine")
+    assert "no images" in rejected(*words, tmp_path / "mine")
     Image.fromarray(noise(0, 40, 30)).save(tmp_path / "mine/good.png")
     (tmp_path / "mine/bad.png").write_text("a page")
-    assert "bad.png" in refused(*words, tmp_path / "mine")
+    assert "bad.png" in rejected(*words, tmp_path / "mine")
     large = save_tokenizer(tmp_path / "large.pt", image_size=32)
-    assert "image sizes" in refused(*words, "shapes", "--tokenizers", tokenizer, large)
+    assert "image sizes" in rejected(*words, "shapes", "--tokenizers", tokenizer, large)
     assert not (tmp_path / "out").exists()

@@ -237,10 +237,10 @@ ZERO, MINUS = "iters batch_size grad_accum log_every eval_every image_size", "se
     ("sample", "count batch_size temperature top_p decode_steps sigma",
      f"{MINUS} cfg_scale top_k choice_temperature", ""), ("fid", "count batch_size", "workers", ""),
     ("data", "count image_size", "workers", "")])
-def test_values_of_the_wrong_kind_are_rejected_by_name(name, zero, negative, others, refused):
+def test_values_of_the_wrong_kind_are_rejected_by_name(name, zero, negative, others, rejected):
     words = [f"--{flag}=0" for flag in zero.split()] + others.split()
     for word in words + [f"--{flag}=-1" for flag in negative.split()]:
-        sentence = refused(name, *["--real", "shapes"] * (name == "fid"), word)
+        sentence = rejected(name, *["--real", "shapes"] * (name == "fid"), word)
         assert all(part in sentence for part in word.split("=")), sentence
 
 

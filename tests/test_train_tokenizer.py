@@ -274,13 +274,13 @@ def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, t
 
 
 def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(
-        train, script, refused, many_photos, tmp_path, capsys):
+        train, script, rejected, many_photos, tmp_path, capsys):
     one = train("--iters", 2, "--perceptual_weight", 0.5, "--data", many_photos)
     path, moved = tmp_path / "run/ckpt.pt", many_photos.rename(tmp_path / "moved")
     del one["args"]["grad_checkpointing"]  # as if it were a fork's new flag
     torch.save(one, path)
     resume = ["train_tokenizer", "--resume", "--out", tmp_path / "run", "--data", moved]
-    assert str(path) in refused(*resume, "--z_dim", 16)
+    assert str(path) in rejected(*resume, "--z_dim", 16)
     script(*resume, "--iters", 5)
     two, text = load(path), capsys.readouterr().out
     assert "--iters was 2, now 5" in text and "has changed" not in text and two["step"] == 5
@@ -353,11 +353,11 @@ def test_a_skipped_step_leaves_no_nan_in_the_small_vgg(script, tmp_path, monkeyp
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_images_without_variance_train_no_small_vgg(refused, tmp_path):
+def test_images_without_variance_train_no_small_vgg(rejected, tmp_path):
     for name in ("cats/1", "cats/2", "dogs/1"):
         path = tmp_path / f"photos/{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), "red").save(path)
-    assert "images" in refused("train_vgg", *VGG, "--data", tmp_path / "photos",
-                               "--val", tmp_path / "photos", "--out", tmp_path / "run")
+    assert "images" in rejected("train_vgg", *VGG, "--data", tmp_path / "photos",
+                                "--val", tmp_path / "photos", "--out", tmp_path / "run")
     assert not (tmp_path / "run/ckpt.pt").exists()

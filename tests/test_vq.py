@@ -47,7 +47,7 @@ def test_components_stand_alone_and_do_what_their_docstrings_show():
     for module in (vq, losses, transformer):
         source = Path(module.__file__).read_text()
         imported = re.findall(r"^ *(?:import|from) (\w+)", source, re.M)
-        assert len(imported) > 2 and not {*imported} & {path.stem for path in ROOT.iterdir()}
+        assert len(imported) > 3 and not {*imported} & {path.stem for path in ROOT.iterdir()}
     with FakeTensorMode():  # the paper's size, without its arithmetic
         x, x_hat = torch.empty(2, 2, 3, 256, 256)
         found = after_docstring(vq, 3, x=x)
