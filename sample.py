@@ -64,7 +64,7 @@ def parse():
     add("--reconstruct", metavar="DATA", help="encode and decode these images: writes "
         "reconstructions.png and codes.npy, prints a table")
     add("--tokenizers", nargs="+", metavar="CKPT",
-        help="compare these tokenizers; default: --tokenizer alone")
+        help="compare these tokenizers; default: only --tokenizer")
     add("--vgg", help="network of L_low and L_sem; default: the first tokenizer's own --vgg")
     add = parser.add_argument_group("teacher-forced view").add_argument
     add("--teacher_forced", metavar="DATA", help="write teacher_forced.png: each code of these "
