@@ -95,10 +95,10 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def watched(call, channels=(128, 512)):
+def watched(call):
     """What call(disc, x) does on 32 images of 256 x 256, on fake tensors."""
     with FakeTensorMode(), Watch() as seen:
-        call(losses.Discriminator(256, channels), torch.empty(32, 3, 256, 256))
+        call(losses.Discriminator(256), torch.empty(32, 3, 256, 256))
     return seen
 
 
@@ -113,12 +113,3 @@ def test_r1_has_no_feature_map_for_a_kernel_and_adds_nothing_to_the_peak_of_a_st
     without, with_r1 = watched(step), watched(step_with_r1)
     assert len(with_r1.kernels) > 200 and max(max(shape[2:]) for shape in with_r1.kernels) == 4
     assert with_r1.peak == without.peak > 1e9
-
-
-def test_r1_takes_no_more_memory_than_pytorchs_second_derivative():
-    def second_derivative(disc, x):
-        x.requires_grad_()
-        grad, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
-        grad.square().sum((1, 2, 3)).mean().backward()
-    ours = watched(lambda disc, x: losses.r1_penalty(disc, x).backward(), (8, 32))
-    assert 1e8 < ours.peak <= watched(second_derivative, (8, 32)).peak

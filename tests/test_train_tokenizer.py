@@ -1,5 +1,4 @@
 """train_tokenizer.py and miniature/train_vgg.py: the loss by hand, both phases, their flags."""
-import importlib
 import math
 import sys
 from argparse import Namespace
@@ -70,8 +69,9 @@ def test_the_tokenizers_loss_is_eq_2(vgg, phase):
                    for loss in (ours, theirs)))
 
 
-def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
-    """With --grad_accum as without, but for the entropy term. R1 takes eight images at a time."""
+def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg, tmp_path):
+    """With --grad_accum as without, but for the entropy term. R1, in groups of eight images and of
+    what is left, is PyTorch's second derivative."""
     words = ["--iters", 1, "--batch_size", 12, "--disc_warmup", 0]
     states = {accum: train(*words, "--entropy_weight", 0, "--grad_accum", accum, out=accum)
               for accum in ("1", "3")}
@@ -93,10 +93,8 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
             for (key, before), each in zip(net.named_parameters(), opt):
                 g = each["exp_avg"] * 10
                 assert torch.allclose(state[name][key], before - 1e-3 * g / (g.abs() + 1e-8))
-    one, three = (train(*words, "--entropy_weight", 1, "--grad_accum", accum,
-                        out=f"gamma{accum}")["opt"]["state"]
-                  for accum in (1, 3))
-    assert not close(*([each["exp_avg"] for each in state.values()] for state in (one, three)))
+    for accum in states:
+        assert lines(tmp_path / accum, "train")[0]["r1"] == pytest.approx(r1.item(), rel=1e-4)
 
 
 def test_codes_begin_at_kmeans_after_steps_without_quantization(train, monkeypatch, tmp_path):
@@ -124,15 +122,14 @@ def test_kmeans_replaces_the_codebook_at_steps_not_micro_batches(train, monkeypa
 
 # -------------------------------------------------------------------------------------- whole runs
 
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "train_vgg"])
-def test_by_default_a_run_validates_at_least_ten_times(name, tokenizer, tmp_path, monkeypatch):
-    needed = ["--tokenizer", tokenizer] if name == "train_prior" else []
+def test_by_default_a_run_validates_at_least_ten_times(tmp_path, monkeypatch):
     for iters, due in ((7, [*range(8)]), (109, [*range(0, 101, 10), 109]), (99_999, [0, 5000])):
-        words = [*needed, "--iters", iters, "--out", tmp_path / str(iters)]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        run = runtime.Run(importlib.import_module(name).parse(), "", ())
+        words = ["--iters", str(iters), "--out", str(tmp_path / str(iters))]
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *words])
+        run = runtime.Run(train_tokenizer.parse(), "", ())
         steps = [step for step in range(iters + 1) if run.validation_is_due(step)]
         assert steps[:len(due)] == due and len(steps) > 7
+
 
 def test_what_a_run_logs_and_saves(train, tmp_path, capsys, monkeypatch):
     state = train()
