@@ -264,8 +264,11 @@ def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, t
     assert vq.fingerprint(phase_1) == vq.fingerprint(vq.load_tokenizer(tmp_path / "two/ckpt.pt")[0])
 
 
-def test_a_run_resumes_longer_slower_on_moved_data(train, script, many_photos, tmp_path, capsys):
-    train("--iters", 2, "--data", many_photos)
+def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(train, script, many_photos,
+                                                                    tmp_path, capsys):
+    state = train("--iters", 2, "--data", many_photos)
+    del state["args"]["grad_checkpointing"]  # as if it were a fork's new flag
+    torch.save(state, tmp_path / "run/ckpt.pt")
     moved = many_photos.rename(tmp_path / "moved")
     resume = ["train_tokenizer", "--resume", "--out", tmp_path / "run", "--data", moved]
     script(*resume, "--iters", 5)
