@@ -326,6 +326,9 @@ def test_the_files_of_the_samples(script, prior, tokenizer, tmp_path, rejected, 
     samples = [*np.load(tmp_path / "e/samples.npz")["arr_0"], *np.full((4, 16, 16, 3), 255)]
     assert np.array_equal(cells(tmp_path / "e/grid.png", 8), samples)
     assert Image.open(tmp_path / "e/grid.png").width == 6 * (8 * 18 + 2)  # no names
+    save_prior(prior, tokenizer)  # a row per class would show one sample of each
+    script("sample", *words, "--labels", *range(6), *range(6), "--out", tmp_path / "f")
+    assert Image.open(tmp_path / "f/grid.png").width == 6 * (8 * 18 + 2)
 
 
 @pytest.mark.parametrize("labels, count, rows, columns", [
