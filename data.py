@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
@@ -430,19 +431,27 @@ def row_label(name, number):
     return name[:20] if name.isascii() else str(number)
 
 
-def save_grid(path, images, columns=8, names=()):
-    """Save uint8 images (N, 3, H, W) as one PNG, row by row; small ones are enlarged. names: row
-    labels."""
-    scale = max(1, 96 // images.shape[-1])
-    grid = make_grid(images.cpu(), columns, pad_value=255).permute(1, 2, 0).numpy()
+def save_grid(path, rows, columns=8):
+    """Save named rows of images, [(name, uint8 (n, 3, H, W)), ...], as one PNG. Small images are
+    enlarged, rows of more than `columns` images continue below, shorter ones end in white."""
+    n = max(len(images) for _, images in rows)
+    columns = min(columns, n)
+    rows = [(name, images[i:i + columns])
+            for i in range(0, n, columns) for name, images in rows]
+    padded = [F.pad(images.cpu(), (0, 0) * 3 + (0, columns - len(images)), value=255)
+              for _, images in rows]
+    size, scale = padded[0].shape[2], max(1, 96 // padded[0].shape[3])
+    grid = make_grid(torch.cat(padded), columns, pad_value=255).permute(1, 2, 0).numpy()
     sheet = Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1))
-    if names:
-        font = ImageFont.load_default(15)
-        margin = max(int(font.getlength(name)) for name in names) + 20
+    font = ImageFont.load_default(15)
+    widths = [font.getlength(line) for name, _ in rows for line in name.split("\n")]
+    if any(widths):
+        margin = int(max(widths)) + 20
         sheet = ImageOps.expand(sheet, (margin, 0, 0, 0), "white")
-        for row, name in enumerate(names):
-            y = scale * (2 + (images.shape[2] + 2) * row + images.shape[2] / 2)
-            ImageDraw.Draw(sheet).text((margin - 8, y), name, "black", font, anchor="rm")
+        pen = ImageDraw.Draw(sheet)
+        for row, (name, _) in enumerate(rows):
+            y = scale * (2 + (size + 2) * row + size / 2)
+            pen.text((margin - 8, y), name, "black", font, anchor="rm", align="right")
     runtime.save_file(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -488,7 +497,7 @@ def main():
         print(f"{number} {name}: {counts[number]}")
     print(f"{sum(counts)} of {len(chosen)} images can be read")
     if shown:
-        save_grid("preview.png", torch.stack(shown))
+        save_grid("preview.png", [("", torch.stack(shown))])
         print(f"{len(shown)} of them are in preview.png")
     if sum(counts) < 0.99 * len(chosen):
         raise SystemExit("more than 1 % of the images can't be read: remove or repair them")

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import runtime
@@ -112,17 +111,6 @@ def class_indices(labels, prior, state):
     return torch.tensor([numbers[label] for label in labels])
 
 
-def save_sheet(path, rows):
-    """Save named rows of images, [(name, uint8 (n, 3, S, S))], as one PNG of at most 8 columns.
-    Longer rows are continued below; shorter ones end in white."""
-    n = max(len(images) for _, images in rows)
-    rows = [(name, images[i:i + 8]) for i in range(0, n, 8) for name, images in rows]
-    padded = [F.pad(images, (0, 0) * 3 + (0, min(8, n) - len(images)), value=255)
-              for _, images in rows]
-    names = [name for name, _ in rows]
-    data.save_grid(path, torch.cat(padded), min(8, n), names if any(names) else ())
-
-
 # ------------------------------------------------------------------------------------ sampling
 
 def decoding_options(args, prior):
@@ -208,7 +196,7 @@ def sample_images(args, device, compiled):
         rows = [(data.row_label(state["classes"][c], c), samples[n::len(cycle)][:8])
                 for n, c in enumerate(cycle[:8].tolist())]
     rows = [(name, torch.tensor(images).movedim(3, 1)) for name, images in rows]
-    save_sheet(path.with_name("grid.png"), rows)
+    data.save_grid(path.with_name("grid.png"), rows)
     made = vars(args) | options | {
         "kind": prior.kind, "prior_step": state["step"], "classes": state["classes"],
         "prior_sha256": sha256(args.prior), "tokenizer_sha256": sha256(args.tokenizer),
@@ -269,7 +257,7 @@ def reconstruct(args, device):
         rows.append((f"reconstruction {number}", x_hat))
         codes = codes.numpy().astype(np.int32)
         runtime.save_file(out / f"codes{number}.npy", lambda file, c=codes: np.save(file, c))
-    save_sheet(out / "reconstructions.png", rows)
+    data.save_grid(out / "reconstructions.png", rows)
     print(f"{shown.sum()} of {len(images)} images in {out}/reconstructions.png")
 
 
@@ -301,7 +289,7 @@ def teacher_forced(args, device):
         rows += [(f"reconstruction {number}", reconstruction), (f"prediction {number}", prediction)]
         print(f"{number}: teacher-forced top-1 accuracy {100 * correct.mean():.1f} % {name}")
     path = Path(args.out) / "teacher_forced.png"
-    save_sheet(path, rows)
+    data.save_grid(path, rows)
     print(f"inputs, reconstructions and top-1 predictions in {path}")
 
 

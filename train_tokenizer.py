@@ -213,13 +213,13 @@ def validate(networks, val, run, args, device):
 
 
 def save_reconstructions(path, model, val, args, device):
-    """Up to 32 validation images, each above its reconstruction, eight per row."""
+    """Up to 32 validation images, each above its reconstruction."""
     images = data.EvalImages(val, args.image_size)
     x = torch.stack([images[i][0] for i in data.evenly_spaced(len(val), 32)])
     x = data.to_float(x, device)
     with runtime.eval_mode(model, device, args.dtype):
         x_hat = model.decode(encode(model, x, args)[0])
-    data.save_grid(path, data.to_uint8(torch.cat([x, x_hat], 2)), columns=8)
+    data.save_grid(path, [("input", data.to_uint8(x)), ("reconstruction", data.to_uint8(x_hat))])
 
 
 # ------------------------------------------------------------------------------------ training

@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${DEMO_OUT:-demo} seed=${DEMO_SEED:-0} alphas=${DEMO_ALPHAS:-0 1} clutter=${DEMO_CLUTTER:-1}
 steps=${DEMO_STEPS:-600}               # of the shared initial checkpoint; the tokenizers' other stages take a fraction of it
-priors=${DEMO_PRIORS:-$((steps * 2))}  # steps of an AR prior; a NAR prior takes twice as many
+priors=${DEMO_PRIORS:-$((steps * 2))}  # steps of an AR prior; a NAR prior takes four times as many
 samples=${DEMO_SAMPLES:-1000}          # per prior; metrics of reconstructions use as many validation images
 temperature=${DEMO_TEMPERATURE:-9}     # choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # so many alphas train at a time
@@ -83,7 +83,7 @@ job() {  # everything about one alpha
   done
   for name in ar ar_second nar; do  # the second AR prior has another seed and shows the noise between priors
     kind=${name%_second} iters=$priors
-    [ $kind = ar ] || iters=$((priors * 2))
+    [ $kind = ar ] || iters=$((priors * 4))
     log "a $kind prior on phase 1's codes, which phase 2 shares"
     run python train_prior.py $prior --kind $kind --tokenizer "$folder/phase1/ckpt.pt" --code_cache "$folder/codes" \
       --iters "$iters" --eval_every $((iters / 10)) --seed $((seed + 100 * (${#name} > 3))) --out "$folder/$name"

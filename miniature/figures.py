@@ -19,7 +19,6 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 try:
     import matplotlib
@@ -384,18 +383,10 @@ def ablation_tables(folders):
 
 # --------------------------------------------------------------------------- images and plots
 
-def image_sheet(path, rows, scale=3):
-    """Save captioned rows as one PNG. rows: (caption, uint8 images (n, H, W, 3)), equal shapes."""
-    n, h, w = rows[0][1].shape[:3]
-    side, gap, left = scale * h, 4, 170
-    sheet = Image.new("RGB", (left + n * (scale * w + gap), len(rows) * (side + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
-    for i, (caption, images) in enumerate(rows):
-        position = (left - 8, i * (side + gap) + side // 2)
-        pen.text(position, caption, "black", font, anchor="rm", align="right")
-        for j, image in enumerate(images.repeat(scale, 1).repeat(scale, 2)):
-            sheet.paste(Image.fromarray(image), (left + j * (scale * w + gap), i * (side + gap)))
-    runtime.save_file(path, lambda file: sheet.save(file, "PNG", optimize=True))
+def image_sheet(path, rows):
+    """Save named rows of at most ten images, [(name, uint8 (n, H, W, 3)), ...], as one PNG."""
+    data.save_grid(path, [(name, torch.as_tensor(images).movedim(3, 1)) for name, images in rows],
+                   columns=10)
     print(f"wrote {path}")
 
 
@@ -420,9 +411,11 @@ def image_sheets(folders, out):
                                    (f"{title}\nAR prediction", prediction),
                                    (f"{title}\nphase 2", images2)]
         if alpha in (0, 1):
-            method = (method or inputs) + [(title, images1)]
+            caption = "alpha 1: parts stay,\ncolors fade" if alpha else title
+            method = (method or inputs) + [(caption, images1)]
         if alpha == 1:
-            method += [("alpha 1,\nafter phase 2", images2), ("samples", ar2)]
+            method += [("the same codes after\nphase 2: colors return", images2),
+                       ("samples", ar2)]
         samples += [(f"{title}\nAR", ar2), (f"{title}\nNAR", nar2)]
         phases += [(f"{title}\nAR, phase 1", ar1), (f"{title}\nphase 2", ar2)]
     sheets = {"view": view, "method": method, "samples": samples, "phases": phases}

@@ -57,7 +57,7 @@ def draw_attention(path, cell=20):
             fill = "#d62728" if (y, x) == (5, 9) else "#6baed6" if connected else "white"
             pen.rectangle((x * cell, y * cell, (x + 1) * cell, (y + 1) * cell), fill, "#bbbbbb")
         boards.append(np.asarray(board))
-    figures.image_sheet(path, [("block (left)\nand dilated\nattention", np.stack(boards))], 1)
+    figures.image_sheet(path, [("block (left)\nand dilated\nattention", np.stack(boards))])
 
 
 @torch.no_grad()

@@ -212,13 +212,13 @@ def to_pixels(images):
     return data.to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int)
 
 
-def cells(path, columns, height=16):
-    """The 16 pixels wide images of a sheet, row by row. They are enlarged six times, and names
-    stand on their left."""
+def cells(path, columns):
+    """The 16 x 16 images of a sheet, row by row. They are enlarged six times, and names stand on
+    their left."""
     grid = np.asarray(Image.open(path))[:, -6 * (18 * columns + 2):]
     grid = grid[::6, ::6][2:, 2:].astype(int)
-    grid = grid.reshape(-1, height + 2, columns, 18, 3).swapaxes(1, 2)
-    return grid[:, :, :height, :16].reshape(-1, height, 16, 3)
+    grid = grid.reshape(-1, 18, columns, 18, 3).swapaxes(1, 2)
+    return grid[:, :, :16, :16].reshape(-1, 16, 16, 3)
 
 
 @pytest.fixture

@@ -1,7 +1,10 @@
 """train_prior.py and sample.py: code cache, training, resume, processes, samples, views."""
+import contextlib
 import fcntl
+import gc
 import json
 import re
+import resource
 import sys
 import zipfile
 from argparse import Namespace
@@ -64,6 +67,16 @@ def read_cache(run, split):
     return np.fromfile(path, [("codes", np.uint16, 64), ("label", np.int32)])
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    gc.collect()  # closes the script's files, as the end of its process would
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 # --------------------------------------------------------------------------------- the code cache
 
 def test_the_cache_holds_the_codes_of_each_view(tokenizer, tmp_path):
@@ -124,6 +137,19 @@ def test_the_name_of_a_cache_depends_on_all_that_the_codes_depend_on(tokenizer, 
         assert new(**change) == 1, change
     Image.new("RGB", (64, 64)).save(photos / "cats/grey.png")  # another image of that name
     assert new(source=data.open_source(str(photos))) == 1
+
+
+def test_a_full_disk_is_one_sentence_and_costs_nothing(rejected, tokenizer, prior, tmp_path):
+    words = ["train_prior", *PRIOR, "--tokenizer", tokenizer, "--out", tmp_path / "run"]
+    with full_disk(10_000):
+        assert "cannot write" in (sentence := rejected(*words)) and ".bin: " in sentence
+    found = encode(tmp_path / "run/codes/train", tokenizer, Shapes())  # when there is space again
+    assert found.tobytes() == encode(tmp_path / "whole", tokenizer, Shapes()).tobytes()
+    words = ["sample", "--prior", prior, "--tokenizer", tokenizer, "--device", "cpu", "--count",
+             32, "--batch_size", 8, "--out", tmp_path / "samples"]
+    with full_disk(10_000):
+        assert "samples.npz: " in (sentence := rejected(*words)) and "cannot write" in sentence
+    assert not [*tmp_path.glob("samples/*")]
 
 
 # --------------------------------------------------------------------------------------- training
