@@ -115,6 +115,30 @@ def launch(words, processes=0, check=True, **options):
     return done
 
 
+RUNS = """
+import importlib, json, sys
+sys.path[:0] = json.loads(sys.argv[1])
+import data, runtime
+from miniature.shapes import Shapes
+Shapes.SIZES = {"train": 60, "val": 12}
+BEFORE
+
+def main():
+    for sys.argv in json.loads(sys.argv[2]):
+        importlib.import_module(sys.argv[0]).main()
+        runtime.dist.init_process_group = lambda *_, **__: None  # once
+runtime.launch(main)
+"""
+
+
+def torchrun(path, runs, before="", **options):
+    """Run scripts one after another in two processes, which start once. path: of the program that
+    is written for them. before: lines of it that come first."""
+    path.write_text(RUNS.replace("BEFORE", before))
+    runs = [[*map(str, words)] for words in runs]
+    return launch([path, json.dumps(sys.path), json.dumps(runs)], 2, timeout=300, **options)
+
+
 def lines(folder, split):
     """The lines of a run's metrics.jsonl."""
     found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -134,6 +158,20 @@ def same(a, b):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+class NoFloat64(torch.overrides.TorchFunctionMode):
+    """float64 is an error, as on a Mac's GPU, except for tensors that come from .cpu()."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if function is torch.Tensor.cpu:
+            found = found.detach().clone()
+            found.on_host = True
+        elif given and isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            assert any(hasattr(t, "on_host") or t.dtype == torch.float64 for t in given), function
+        return found
 
 
 class Code:

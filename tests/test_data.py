@@ -2,7 +2,6 @@
 import inspect
 import io
 import itertools
-import os
 from argparse import Namespace
 from functools import partial
 
@@ -60,7 +59,7 @@ def test_shapes_are_a_function_of_index_and_size():
     assert {*contents(Shapes()).values()} == {*range(len(Shapes.classes))}
 
 
-def test_class_folders_of_any_depth(tmp_path, capsys, monkeypatch):
+def test_class_folders_of_any_depth(tmp_path, capsys):
     """Labels are in alphabetical order. Hidden files, other files and folders without images are
     left out, links are followed."""
     root = tmp_path / "root"
@@ -79,14 +78,6 @@ def test_class_folders_of_any_depth(tmp_path, capsys, monkeypatch):
     flat = Folder(root / "a-b")
     assert flat.classes == [] and contents(flat) == {"3.jfif": 0}
 
-    def scandir(path, scandir=os.scandir):
-        if path == f"{root}/only":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert contents(Folder(root)) == contents(source)
-    assert f"Permission denied: '{root}/only'" in capsys.readouterr().out
-
 
 def test_what_is_not_a_set_of_images_is_rejected(rejected, tmp_path, photos):
     assert "--val" in rejected("train_tokenizer", "--data", photos, "--out", tmp_path / "out")
@@ -98,11 +89,10 @@ def test_what_is_not_a_set_of_images_is_rejected(rejected, tmp_path, photos):
     for spec in (*folders, "lsun:absent", "torchvision:Imagenete", "torchvision:ImageFolder"):
         assert spec in rejected("data", "--data", spec)
     (photos / "stray.png").unlink()
-    for first, last in (("train", "val"), ("Train", "test"), ("TRAINING", "Valid")):
-        for folder, split in zip(sorted(photos.iterdir()), sorted((first, last))):
-            folder.rename(photos / split)
-        sentence = rejected("data", "--data", photos)  # these are splits, not classes
-        assert f"--data {photos}/{first} --val {photos}/{last}" in sentence
+    (photos / "cats").rename(photos / "TRAINING")
+    (photos / "dogs").rename(photos / "Valid")
+    sentence = rejected("data", "--data", photos)  # these are splits, not classes
+    assert f"--data {photos}/TRAINING --val {photos}/Valid" in sentence
 
 
 def test_the_content_hash_is_of_names_labels_and_pixels(photos):
@@ -127,9 +117,6 @@ def test_one_image_in_twenty_is_held_out_by_its_name(many_photos):
     for val, sizes in ((None, [len(its), len(held)]), ("shapes", [160, 12])):
         parts = data.open_data(Namespace(data=str(many_photos), val=val))
         assert [*map(len, parts)] == sizes
-    for part in both_parts(many_photos):
-        for i in range(len(part)):
-            assert np.array_equal(part.load(i)[0], Image.open(many_photos / part.name(i)))
 
     for i in range(160, 200):  # some come, some go: the others stay where they are
         Image.new("RGB", (9, 9)).save(many_photos / f"cats/{i}.png")
@@ -197,12 +184,14 @@ def test_torchvision_by_name(monkeypatch):
 def test_what_is_no_set_of_samples_or_cannot_be_downloaded_is_one_sentence(monkeypatch, tmp_path):
     path, images = tmp_path / "samples.npz", np.zeros((3, 8, 8, 3), np.uint8)
     np.savez(path, images)
-    contents = [path.read_bytes()[:300], b"<html>Not found</html>"]
-    for arrays in (dict(x=images), dict(arr_0=images, arr_1=np.arange(2)), dict(arr_0=images[0])):
-        np.savez(path, **arrays)
-        contents.append(path.read_bytes())
-    for content in contents:
-        path.write_bytes(content)
+    wrong = [path.read_bytes()[:300], b"<html>Not found</html>", dict(x=images),
+             dict(arr_0=images, arr_1=np.arange(2)), dict(arr_0=images, arr_1=np.zeros(3)),
+             dict(arr_0=images[0]), dict(arr_0=images[..., :1]), dict(arr_0=images / 255)]
+    for content in wrong:
+        if isinstance(content, dict):
+            np.savez(path, **content)
+        else:
+            path.write_bytes(content)
         with pytest.raises(SystemExit, match="samples.npz.*arr_0"):
             data.NpzSamples(path)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *_, **__: open("/no network"))
@@ -230,23 +219,24 @@ def test_every_mode_is_decoded_as_slow_references_do(photos, tmp_path):
         assert image.mode == "RGB" and np.asarray(image).std() > 5, name
         assert np.abs(array(image) - exact[name]).max() <= (name == "alpha.png"), name
 
+
+def test_rare_kinds_of_transparency_and_depth_are_decoded(tmp_path):
+    def decoded(image, name, **options):
+        image.save(tmp_path / name, **options)
+        return array(data.decode(tmp_path / name))
     la = Image.fromarray(noise(8, 30, 20, 4)).convert("LA")
-    la.save(tmp_path / "la.png")
-    error = array(data.decode(tmp_path / "la.png")) - over_white(la.convert("RGBA"))
-    assert np.abs(error).max() <= 1
-    key = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
-    key.save(tmp_path / "key.png", transparency=(9, 8, 7))  # this color is transparent
-    assert array(data.decode(tmp_path / "key.png")).tolist() == [[[255] * 3, [1, 2, 3]]]
-    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.tiff")
-    assert (array(data.decode(tmp_path / "deep.tiff")) == 40_000 // 257).all()
-    deep = np.linspace(0, 65535, 81).round().reshape(9, 9).astype(">u2")
-    (tmp_path / "deep.pgm").write_bytes(b"P5 9 9 65535\n" + deep.tobytes())
-    assert np.abs(array(data.decode(tmp_path / "deep.pgm"))[..., 0] - deep / 257).max() <= 1
+    assert np.abs(decoded(la, "la.png") - over_white(la.convert("RGBA"))).max() <= 1
+    colors = Image.fromarray(np.array([[[9, 8, 7], [1, 2, 3]]], np.uint8))
+    found = decoded(colors, "key.png", transparency=(9, 8, 7))  # this color is transparent
+    assert found.tolist() == [[[255] * 3, [1, 2, 3]]]
+    deep = np.linspace(0, 65535, 81).round().reshape(9, 9)
+    for name in ("deep.tiff", "deep.ppm"):
+        found = decoded(Image.fromarray(deep.astype(np.uint16)), name)
+        assert np.abs(found - deep[..., None] / 257).max() <= 1, name
     whole, text = Image.fromarray(noise(9, 30, 20)), PngImagePlugin.PngInfo()
     text.add_text("workflow", "0" * 3_000_000, zip=True)
     for options in ({"exif": b"Exif\0\0not a TIFF header"}, {"pnginfo": text}):
-        whole.save(tmp_path / "notes.png", **options)
-        assert np.array_equal(array(data.decode(tmp_path / "notes.png")), array(whole))
+        assert np.array_equal(decoded(whole, "notes.png", **options), array(whole))
 
 
 def test_what_cannot_be_decoded_raises(tmp_path, monkeypatch):
@@ -337,19 +327,6 @@ def test_count_means_evenly_spaced_images_each_once_over_all_processes(monkeypat
         monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
         dealt += data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, count=17).batch_sampler
     assert sorted(itertools.chain(*dealt)) == data.evenly_spaced(20, 17) and len(dealt) == 6
-
-
-def test_a_grid_is_row_by_row_with_two_white_pixels_around_each(tmp_path):
-    images = torch.from_numpy(np.stack([noise(i, 32, 6) for i in range(5)]))  # (5, 6, 32, 3)
-    path = tmp_path / "new/g.png"
-    data.save_grid(path, images.movedim(3, 1), columns=3)
-    expected = np.full((2 * 8 + 2, 3 * 34 + 2, 3), 255)
-    for i, image in enumerate(images):
-        y, x = 2 + i // 3 * 8, 2 + i % 3 * 34
-        expected[y:y + 6, x:x + 32] = image
-    assert np.array_equal(Image.open(path), expected.repeat(3, 0).repeat(3, 1))  # enlarged
-    names = ["house finch", "\u732b", "n" * 99]  # the second one would be a box
-    assert [data.row_label(*pair) for pair in zip(names, (7, 8, 9))] == [names[0], "8", "n" * 20]
 
 
 def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_photos, capsys):

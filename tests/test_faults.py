@@ -2,11 +2,9 @@
 numbers that are not finite, mistakes on the command line. Each promise to a user has a test."""
 import importlib
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shlex
@@ -19,10 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, PRIOR, ROOT, TINY, command, launch, lines, load, same, save_tokenizer
+from conftest import COMMON, PRIOR, ROOT, TINY, command, lines, load, same, save_tokenizer, torchrun
 from PIL import Image
 
 import data
+import fid
 import runtime
 from miniature.shapes import Shapes
 
@@ -148,24 +147,11 @@ def test_a_signal_to_every_process_is_one_request(processes, number, vgg, tmp_pa
 
 # ------------------------------------------------------------------------------- several processes
 
-PROBE = """
-import importlib, json, sys
-sys.path[:0] = json.loads(sys.argv[1])
-import data, runtime
-from miniature.shapes import Shapes
-Shapes.SIZES = {"train": 60, "val": 12}
-
+FAIL = """
 def fail(self, index, n, view=data.TrainImages.view):
-    assert runtime.rank() == 0, "mine"
+    assert runtime.rank() == 0 or "fails" not in sys.argv[-1], "mine"
     return view(self, index, n)
-
-def main():
-    for sys.argv in json.loads(sys.argv[2]):
-        if "--workers" in sys.argv[-2]:
-            data.TrainImages.view = fail
-        importlib.import_module(sys.argv[0]).main()
-        runtime.dist.init_process_group = lambda *_, **__: None  # once
-runtime.launch(main)
+data.TrainImages.view = fail
 """
 
 
@@ -178,11 +164,9 @@ def test_two_processes_compute_what_one_computes(script, vgg, tmp_path):
              "--lr", 1e-5]]
     for i, words in enumerate(runs):
         script(*words, "--out", tmp_path / f"one{i}")
-    words = [[*map(str, words), "--out", f"{tmp_path}/two{i}"] for i, words in enumerate(runs)]
-    words += [[*words[0][:-1], str(tmp_path / "fails"), "--workers", "1"]]
-    (tmp_path / "probe.py").write_text(PROBE)
-    done = launch([tmp_path / "probe.py", json.dumps(sys.path), json.dumps(words)], 2, check=False,
-                  timeout=300)
+    two = [[*words, "--out", tmp_path / f"two{i}"] for i, words in enumerate(runs)]
+    two += [[*runs[0], "--workers", 1, "--out", tmp_path / "fails"]]
+    done = torchrun(tmp_path / "two.py", two, FAIL, check=False)
     assert done.returncode and "AssertionError: mine" in done.stderr, done.stderr
     for one, two in ((tmp_path / f"one{i}", tmp_path / f"two{i}") for i in (0, 1)):
         for split, count in (("train", 6), ("val", 3)):
@@ -209,40 +193,6 @@ def test_two_runs_can_not_have_one_folder(words, script, rejected, tmp_path):
         assert "another process trains in" in sentence
     other.communicate()
     script(*words["train_vgg"], "--iters", 1, "--out", tmp_path)
-
-
-class NoFloat64(torch.overrides.TorchFunctionMode):
-    """float64 is an error, except for tensors that come from .cpu()."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if function is torch.Tensor.cpu:
-            found = found.detach().clone()
-            found.on_host = True
-        elif given and isinstance(found, torch.Tensor) and found.dtype == torch.float64:
-            assert any(hasattr(t, "on_host") or t.dtype == torch.float64 for t in given), function
-        return found
-
-
-def test_all_scripts_without_float64_and_with_data_that_can_be_pickled(script, monkeypatch,
-                                                                       tmp_path):
-    """A Mac's GPU has no float64; Python 3.14 pickles what it sends to workers."""
-    loader = data.loader
-    monkeypatch.setattr(data, "loader", lambda dataset, *rest: loader(
-        pickle.loads(pickle.dumps(dataset)), *rest))
-    pickle.dumps(runtime.ignore_signals)
-    monkeypatch.chdir(tmp_path)
-    with NoFloat64():
-        script("train_vgg", *VGG, "--iters", 2, "--out", "vgg")
-        script("train_tokenizer", *TINY, "--iters", 2, "--vgg", "vgg/ckpt.pt", "--out", "one")
-        script("train_tokenizer", "--phase", 2, *COMMON, "--iters", 2, "--init", "one/ckpt.pt",
-               "--out", "two")
-        script("train_prior", *PRIOR, "--iters", 2, "--tokenizer", "one/ckpt.pt", "--out", "ar")
-        script("sample", "--prior", "ar/best.pt", "--tokenizer", "two/ckpt.pt", "--count", 4,
-               "--device", "cpu", "--out", "samples")
-        script("fid", "--real", "shapes", "--image_size", 16, "--count", 20, "--workers", 0,
-               "--fake", "samples/samples.npz", "--feature_net", "vgg/ckpt.pt", "--device", "cpu")
 
 
 # ------------------------------------------------------------ bad data, numbers that are not finite
@@ -308,6 +258,7 @@ def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, v
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", None)  # no network
     monkeypatch.setattr(data.TrainImages, "view", None)  # no image is read for training
+    monkeypatch.setattr(fid.SmallVGGFeatures, "forward", None)  # nor measured
     (tmp_path / "empty").mkdir()
     (tmp_path / "cut.pt").write_bytes(tokenizer.read_bytes()[:2000])
     os.link(prior, tmp_path / "ckpt.pt")
@@ -315,7 +266,8 @@ def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, v
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (width, 16)).save(tmp_path / name)
     words["sample"] = ["sample", "--tokenizer", tokenizer, "--prior", prior, "--device", "cpu"]
-    words["fid"] = ["fid", "--feature_net", vgg, "--device", "cpu"]
+    words = {kind: [*line, "--out", "fresh"] for kind, line in words.items()}
+    words["fid"], words["fid judge"] = ["fid"], ["fid", "--feature_net", vgg, "--device", "cpu"]
     training = {"--data none": "none", "--data empty": "empty",
                 "--batch_size 7 --grad_accum 2": "--batch_size 7 --grad_accum 2"}
     for kind, mistakes in {  # what is typed, and words of the sentence
@@ -336,13 +288,17 @@ def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, v
                 "--data flat --val flat": "flat classes", "--data one --val one": "one classes",
                 "--resume --out .": "ckpt.pt prior"},  # the run of another script
             "sample": {"--prior none.pt": "none.pt prior.py", "--labels 6": "--labels 6 0 to 5"},
-            "fid": {"--real sizes --workers 1": "b.png --image_size"}}.items():
+            "fid": {"--real one": "https:// --feature_net"},
+            "fid judge": {
+                "--real sizes --workers 1": "b.png --image_size", "--real none": "none",
+                "--real sizes --fake none.npz": "none.npz", "--real sizes --fake none": "none",
+                "--real one --tokenizer none.pt": "none.pt",
+                "--real one --feature_net none.pt": "none.pt"}}.items():
         for mistake, key_words in mistakes.items():
-            fresh = [] if kind == "fid" else ["--out", "fresh"]
-            sentence = rejected(*words[kind], *fresh, *mistake.split())
+            sentence = rejected(*words[kind], *mistake.split())
             assert all(word in sentence for word in key_words.split()), (mistake, sentence)
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
-    assert "one process" in rejected(*words["train_vgg"], "--out", "fresh")
+    assert "one process" in rejected(*words["train_vgg"])
     assert not (tmp_path / "fresh/ckpt.pt").exists()
 
 

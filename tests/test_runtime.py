@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -66,7 +65,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
 
 def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, capsys):
     run().log(0, "train", loss=0)  # killed before its first checkpoint
-    net, other = torch.nn.Linear(99, 99), torch.nn.Linear(99, 99)
+    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     one = run("--resume", model=net)
     assert one.resumed == (0, {}) and one.metrics.read_text() == ""
     assert "from step 0" in capsys.readouterr().out
@@ -74,11 +73,6 @@ def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, caps
         one.log(step, "train", loss=float("nan") if step == 2 else 1 / 3)
     one.best, one.validated, one.skipped = 1.5, 2, 7
     one.save(2)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk
-    with pytest.raises(SystemExit, match="cannot write .*ckpt.pt"):
-        one.save(3)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with open(one.metrics, "a") as file:
         file.write('{"step": 2, "spl')  # killed in the middle of a line
     two = run("--resume", "--eval_every", 1, model=other)
@@ -154,11 +148,8 @@ def test_progress_lines_show_rate_and_time_left(monkeypatch, capsys):
     progress = runtime.Progress(3600, images=2, every=10)
     for now[0], done in ((9, 1), (11, 11), (21, 16), (22, 20)):
         progress.show("samples", done)
-    progress = runtime.Progress(10, done=2)
-    for now[0], done in ((24, 6), (25, 6), (26, 11)):  # two processes may count one too many
-        progress.show("step", done)
     numbers = re.findall(r"[\d.:]+", capsys.readouterr().out)
-    assert numbers == ["2.0", "0:59:49", "1.0", "1:59:28", "2.0", "0:00:02", "4.0", "0:00:00"]
+    assert numbers == ["2.0", "0:59:49", "1.0", "1:59:28"]
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -180,13 +171,10 @@ def test_a_run_resumes_with_its_flags_and_notes_what_changes(flags, run, tmp_pat
     assert re.search("--iters.* 10.* 20", iters) and re.search("--lr.* 0.5.* 0.25", lr)
     args = flags("--resume", "--out", tmp_path / "none", "--lr", 0.5)  # a new run
     assert (args.lr, args.grad_accum) == (0.5, 1)
-    (tmp_path / "run").rename(tmp_path / "moved")  # resumes where it is, not where it was
-    args = flags("--resume", "--out", tmp_path / "moved")
-    assert (args.lr, args.out) == (0.5, str(tmp_path / "moved"))
-    monkeypatch.setattr(sys, "argv", ["train_vgg.py", "--resume"])  # with the default --out as well
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    (tmp_path / "moved").rename("runs/vgg")
+    (tmp_path / "run").rename("runs/vgg")  # resumes where it is, not where it was
+    monkeypatch.setattr(sys, "argv", ["train_vgg.py", "--resume"])  # with the default --out
     args = train_vgg.parse()
     assert (args.lr, args.out) == (0.5, "runs/vgg")
 
@@ -200,48 +188,35 @@ def test_a_closed_terminal_does_not_end_a_run(monkeypatch):
     assert sys.stdout.name == os.devnull
 
 
+# Flags that can't be 0 either, unless it is their default.
+POSITIVE = set("iters batch_size grad_accum log_every eval_every image_size lr z_dim codebook_size "
+               "channels views count temperature top_p decode_steps sigma".split())
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_is_read_and_explained(name, script, monkeypatch, tmp_path, capsys):
+def test_every_flag_is_read_and_explained_and_rejects_wrong_numbers(name, script, monkeypatch,
+                                                                    capsys):
     tables = *sample.DEFAULTS.values(), train_tokenizer.ARCH_FLAGS  # read by getattr
     read = {flag for table in tables for flag in table}
     for path in (SCRIPTS[name], ROOT / "runtime.py", ROOT / "data.py"):
         text = path.read_text()
         read |= {*re.findall(r"\bargs\.(\w+)", text),
                  *re.findall(r'(?:given|vars\(args\))\.get\("(\w+)"', text)}
-    monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.chdir(tmp_path)
-    for folder in ("tokenizer", "phase2", "prior", "vgg"):  # --help does not look at them
-        runtime.save_file(tmp_path / f"runs/{folder}/ckpt.pt", lambda file: file.write(b"x"))
+    parser, made = runtime.parser, []
+    monkeypatch.setattr(runtime, "parser", lambda doc: made.append(parser(doc)) or made[-1])
     with pytest.raises(SystemExit, match="0"):
-        script(name, *["--phase", 2] * (name == "train_tokenizer"), "--help")
-    text = re.sub(r"\n {9,}", "  ", capsys.readouterr().out)
-    flags = dict(re.findall(r"^  --(\w+)(.*)$", text, re.M))
-    assert len(flags) > 1
-    for flag, explanation in flags.items():
-        assert flag in read and re.search(r"  \w.*", explanation), flag
-    assert "device" not in flags or "(default: auto)" in flags["device"]
-    assert name != "train_tokenizer" or "--lr 5e-05" in flags["phase"]
-
-
-ZERO, MINUS = "iters batch_size grad_accum log_every eval_every image_size", "seed workers"
-
-
-@pytest.mark.parametrize("name, zero, negative, others", [
-    ("train_tokenizer", f"{ZERO} lr z_dim codebook_size channels",
-     f"{MINUS} attention extra_blocks lr_end r1_weight commitment_weight entropy_weight "
-     "adv_weight l1_weight perceptual_weight vq_warmup disc_warmup",
-     "--lr=nan --lr=inf --commitment_weight=nan --iters=1.5 --iters=x --phase=3 --iter=9"),
-    ("train_prior", f"{ZERO} views",
-     f"{MINUS} num_classes dropout label_dropout decay_start lr_end",
-     "--lr_end=inf --kind=gpt"), ("train_vgg", ZERO, f"{MINUS} fgsm_eps", ""),
-    ("sample", "count batch_size temperature top_p decode_steps sigma",
-     f"{MINUS} cfg_scale top_k choice_temperature", ""), ("fid", "count batch_size", "workers", ""),
-    ("data", "count image_size", "workers", "")])
-def test_values_of_the_wrong_kind_are_rejected_by_name(name, zero, negative, others, rejected):
-    words = [f"--{flag}=0" for flag in zero.split()] + others.split()
-    for word in words + [f"--{flag}=-1" for flag in negative.split()]:
-        sentence = rejected(name, *["--real", "shapes"] * (name == "fid"), word)
-        assert all(part in sentence for part in word.split("=")), sentence
+        script(name, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert name == "data" or "then cpu (default: auto)" in text  # --device
+    assert name != "train_tokenizer" or "--lr 5e-05" in text  # of phase 2
+    for flag in made[0]._actions[1:]:  # the first is --help
+        assert flag.dest in read and flag.help, flag
+        if flag.type and name != "bench" and flag.dest not in ("phase", "alpha"):
+            wrong = ["-1", "nan", "inf", "x"]
+            wrong += ["0"] * (flag.dest in POSITIVE and flag.default != 0)
+            for number in wrong:
+                with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+                    print(flag.dest, number, flag.type(number))
 
 
 # ---------------------------------------------------------------------- steps, numbers, processes
@@ -250,26 +225,18 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(run):
     nets = [torch.nn.Linear(3, 1, bias=False) for _ in range(2)]
     adams = [torch.optim.Adam(net.parameters(), 9.0, fused=True) for net in nets]
     one = run()
-
-    def take(*gradients, lr=0.1):
-        """The norms, and how far each network's weights and Adam's averages moved."""
-        def state():
-            return [t.mean().item() for net, o in zip(nets, adams)
-                    for t in (net.weight, o.state[net.weight].get("exp_avg", net.weight))]
+    for n, gradients in enumerate(((1.0, -2.0), (math.nan, 1.0), (1.0, math.inf), (1.0, 1.0))):
+        before = [net.weight.clone() for net in nets]
         for net, gradient in zip(nets, gradients):
             net.weight.grad = torch.full((1, 3), gradient)
-        before, norms = state(), one.step(adams, lr)
+        norms = one.step(adams, 0.25)
+        moved = [(net.weight - weight).mean().item() for net, weight in zip(nets, before)]
         assert all(net.weight.grad is None for net in nets)
-        return norms, [b - a for a, b in zip(before, state())]
-
-    for lr in (0.25, 0.5):  # with constant gradients Adam's step is as long as the learning rate
-        norms, moved = take(1.0, -2.0, lr=lr)
-        assert norms == pytest.approx([3 ** 0.5, 2 * 3 ** 0.5])
-        assert moved[::2] == pytest.approx([-lr, lr], rel=1e-4)
-    for gradients in ((math.nan, 1.0), (1.0, math.inf)):  # of one network: both keep their weights
-        assert take(*gradients)[1] == [0, 0, 0, 0]
-    assert (one.skipped, one.skipped_in_a_row) == (2, 2)
-    assert all(take(1.0, 1.0)[1]) and (one.skipped, one.skipped_in_a_row) == (2, 0)
+        if n == 0:  # Adam's first step is as long as the learning rate
+            assert norms == pytest.approx([3 ** 0.5, 2 * 3 ** 0.5])
+            assert moved == pytest.approx([-0.25, 0.25], rel=1e-4)
+        assert all(moved) if n in (0, 3) else moved == [0, 0]  # both or none
+        assert (one.skipped, one.skipped_in_a_row) == ((0, 0), (1, 1), (2, 2), (2, 0))[n]
 
 
 def test_averages_are_over_steps_and_processes_without_nan(monkeypatch):
