@@ -36,16 +36,19 @@ PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """A small drawn data set, and no unreadable image that an earlier test has reported."""
+    """A small drawn data set, and no unreadable image that an earlier test has reported. Afterwards
+    signals are handled as before."""
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 12})
     data.report.cache_clear()
+    before = {number: signal.getsignal(number) for number in (*runtime.SIGNALS, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def script(monkeypatch):
     """script("train_tokenizer", "--iters", 3): its main() with these words as the command line."""
-    before = {number: signal.getsignal(number) for number in (*runtime.SIGNALS, signal.SIGCHLD)}
-
     def call(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         try:
@@ -60,8 +63,6 @@ def script(monkeypatch):
             for worker in (p for p in multiprocessing.active_children() if p.daemon):
                 worker.kill()
                 worker.join()
-            for number, handler in before.items():
-                signal.signal(number, handler)
     return call
 
 

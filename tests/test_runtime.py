@@ -6,16 +6,17 @@ import os
 import re
 import signal
 import sys
-import time
 
 import pytest
 import torch
 import train_vgg
 from conftest import ROOT, lines, same
 
+import data
 import runtime
 import sample
 import train_tokenizer
+from miniature.shapes import Shapes
 
 SCRIPTS = {path.stem: path for folder in (ROOT, ROOT / "miniature", ROOT / "benchmarks")
            for path in sorted(folder.glob("*.py")) if "runtime.parser(" in path.read_text()}
@@ -114,24 +115,20 @@ def test_a_signal_to_any_process_waits_while_steps_are_skipped(run, monkeypatch)
 
 def test_later_signals_belong_to_the_first_request(flags, monkeypatch):
     """Only a second Ctrl-C, seconds later, exits at once. nohup ignores SIGHUP."""
-    now, handlers = [100.0], {number: signal.getsignal(number) for number in runtime.SIGNALS}
+    now = [100.0]
     monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
-    try:
-        for action, number in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
-            signal.signal(signal.SIGHUP, action)
-            one = runtime.Run(flags(), "vgg", shown=())
-            one.stop_if_requested(0)
-            signal.raise_signal(signal.SIGHUP)
-            assert one.signal == number
-        for number, seconds in ((signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGTERM, 60)):
-            now[0] += seconds
-            signal.raise_signal(number)
-            assert one.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    for action, number in ((signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)):
+        signal.signal(signal.SIGHUP, action)
+        one = runtime.Run(flags(), "vgg", shown=())
+        one.stop_if_requested(0)
+        signal.raise_signal(signal.SIGHUP)
+        assert one.signal == number
+    for number, seconds in ((signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGTERM, 60)):
+        now[0] += seconds
+        signal.raise_signal(number)
+        assert one.signal == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_tensorboard_gets_the_same_values(run):
@@ -140,16 +137,6 @@ def test_tensorboard_gets_the_same_values(run):
     one.log(3, "val", loss=1.5, psnr=20)
     events = board.EventAccumulator(str(one.out)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("val/loss")] == [(3, 1.5)]
-
-
-def test_progress_lines_show_rate_and_time_left(monkeypatch, capsys):
-    now = [0.0]
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: now[0])
-    progress = runtime.Progress(3600, images=2, every=10)
-    for now[0], done in ((9, 1), (11, 11), (21, 16), (22, 20)):
-        progress.show("samples", done)
-    numbers = re.findall(r"[\d.:]+", capsys.readouterr().out)
-    assert numbers == ["2.0", "0:59:49", "1.0", "1:59:28"]
 
 
 # ------------------------------------------------------------------------------------------- flags
@@ -241,10 +228,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(run):
 
 def test_averages_are_over_steps_and_processes_without_nan(monkeypatch):
     averages = runtime.Averages()
-    for step, loss in enumerate((1.0, math.nan, 4.0, 4.0)):
+    for loss in (1.0, math.nan, 4.0, 4.0):
         averages.add(loss=torch.tensor(loss, requires_grad=True))
-        if step % 2:
-            averages.add(r1=torch.tensor(step, dtype=torch.bfloat16))  # not at every step
+    averages.add(r1=torch.tensor(2, dtype=torch.bfloat16))  # not at every step
     assert averages.pop() == {"loss": 3, "r1": 2}
     averages.add(b=torch.tensor(2.0), a=torch.tensor(1.0))  # since the last call
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
@@ -263,26 +249,21 @@ def test_cosine_and_eval_mode():
         assert net.training is training and net(torch.ones(1, 2)).dtype == torch.float32
 
 
-def test_setup_on_a_cpu(monkeypatch, capsys):
+@pytest.mark.parametrize("compiled, threads, shown", [(None, 2, "eager"), (True, 1, "compiled")])
+def test_setup_on_a_cpu(monkeypatch, capsys, compiled, threads, shown):
     """One thread per process, unless OMP_NUM_THREADS says otherwise."""
     for part in (torch.cuda, torch.backends.mps):
         monkeypatch.setattr(part, "is_available", lambda: False)
-    for compiled, threads, shown in ((None, 2, "eager"), (True, 1, "compiled")):
-        args = argparse.Namespace(device="auto", compile=compiled, dtype="bf16")
-        torch.set_num_threads(2)
-        device, compile_too = runtime.setup(args)
-        assert (device, compile_too) == (torch.device("cpu"), bool(compiled))
-        assert args.compile is compiled  # a run may resume on another device
-        assert torch.get_num_threads() == threads
-        words = capsys.readouterr().out.strip().split(", ")
-        assert words[1].startswith(f"{threads} thread") and words[1].endswith("(OMP_NUM_THREADS)")
-        assert words[:1] + words[2:] == ["cpu", "bf16", shown, "1 process(es)"]
+    if threads == 1:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-def ignore_signals_and_sleep():
-    runtime.ignore_signals(0)
-    time.sleep(60)
+    args = argparse.Namespace(device="auto", compile=compiled, dtype="bf16")
+    torch.set_num_threads(2)
+    assert runtime.setup(args) == (torch.device("cpu"), bool(compiled))
+    assert torch.get_num_threads() == threads
+    assert args.compile is compiled  # a run may resume on another device
+    words = capsys.readouterr().out.strip().split(", ")
+    assert words[0] == "cpu" and words[2:] == ["bf16", shown, "1 process(es)"]
+    torch.set_num_threads(1)
 
 
 def test_how_a_script_ends(monkeypatch, capsys):
@@ -292,13 +273,18 @@ def test_how_a_script_ends(monkeypatch, capsys):
 
     def interrupt():
         raise KeyboardInterrupt
-    worker = multiprocessing.get_context("fork").Process(target=ignore_signals_and_sleep)
-    worker.start()
+
+    def sentence():
+        sys.exit("one sentence")
+    loader = data.loader(data.EvalImages(Shapes(), 16), [[0]] * 9, 1, torch.device("cpu"))
+    batches = iter(loader)
+    next(batches)
+    worker, = multiprocessing.active_children()
     with pytest.raises(KeyError):
         runtime.launch(fail)
     worker.join(10)
     assert worker.exitcode == -signal.SIGKILL
-    for main, code in ((lambda: sys.exit("one sentence"), "one sentence"), (interrupt, 130)):
+    for main, code in ((sentence, "one sentence"), (interrupt, 130)):
         with pytest.raises(SystemExit) as ended:
             runtime.launch(main)
         assert ended.value.code == code
@@ -307,8 +293,8 @@ def test_how_a_script_ends(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "world_size", lambda: 2)
     monkeypatch.setattr(runtime, "barrier", lambda: None)
     monkeypatch.setattr(runtime.os, "_exit", codes.append)
-    for main in (fail, lambda: sys.exit("one sentence"), interrupt, lambda: None):
+    for main in (fail, sentence, interrupt, lambda: None):
         runtime.launch(main)
-    trace, sentence, interrupted = capsys.readouterr().err.rstrip().rsplit("\n", 2)
-    assert "in fail" in trace and "KeyError: 'eight'" in trace and sentence == "one sentence"
-    assert interrupted == "interrupted" and codes == [1, 1, 130, 0]
+    trace, *last = capsys.readouterr().err.rstrip().rsplit("\n", 2)
+    assert "in fail" in trace and "KeyError: 'eight'" in trace
+    assert last == ["one sentence", "interrupted"] and codes == [1, 1, 130, 0]
