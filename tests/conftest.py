@@ -116,9 +116,9 @@ def launch(words, processes=0, check=True, **options):
     return done
 
 
-RUNS = """
+RUN_SCRIPTS = """
 import importlib, json, sys
-sys.path[:0] = json.loads(sys.argv[1])
+sys.path[1:1] = json.loads(sys.argv[1])
 import data, runtime
 from miniature.shapes import Shapes
 Shapes.SIZES = {"train": 60, "val": 12}
@@ -132,12 +132,13 @@ runtime.launch(main)
 """
 
 
-def torchrun(path, runs, before="", **options):
-    """Run scripts one after another in two processes, which start once. path: of the program that
-    is written for them. before: lines of it that come first."""
-    path.write_text(RUNS.replace("BEFORE", before))
+def run_scripts(folder, runs, before="", processes=2, **options):
+    """Run scripts one after another in processes that start once, by a program in `folder`, which
+    may hold changed copies of the scripts. before: lines of it that come first."""
+    (folder / "run_scripts.py").write_text(RUN_SCRIPTS.replace("BEFORE", before))
     runs = [[*map(str, words)] for words in runs]
-    return launch([path, json.dumps(sys.path), json.dumps(runs)], 2, timeout=300, **options)
+    words = [folder / "run_scripts.py", json.dumps(sys.path), json.dumps(runs)]
+    return launch(words, processes, timeout=300, **options)
 
 
 def lines(folder, split):
