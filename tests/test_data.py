@@ -79,22 +79,6 @@ def test_class_folders_of_any_depth(tmp_path, capsys):
     assert flat.classes == [] and contents(flat) == {"3.jfif": 0}
 
 
-def test_what_is_not_a_set_of_images_is_rejected(rejected, tmp_path, photos):
-    assert "--val" in rejected("train_tokenizer", "--data", photos, "--out", tmp_path / "out")
-    assert "--val" in rejected("data", "--data", photos, "--split", "val")  # too few images
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file.tar").write_bytes(b"")
-    Image.new("RGB", (20, 20)).save(photos / "stray.png")  # beside class folders
-    folders = [str(tmp_path / name) for name in ("absent", "file.tar", "empty", "photos")]
-    for spec in (*folders, "lsun:absent", "torchvision:Imagenete", "torchvision:ImageFolder"):
-        assert spec in rejected("data", "--data", spec)
-    (photos / "stray.png").unlink()
-    (photos / "cats").rename(photos / "TRAINING")
-    (photos / "dogs").rename(photos / "Valid")
-    sentence = rejected("data", "--data", photos)  # these are splits, not classes
-    assert f"--data {photos}/TRAINING --val {photos}/Valid" in sentence
-
-
 def test_the_content_hash_is_of_names_labels_and_pixels(photos):
     path, found = photos / "cats/grey.png", [data.content_hash(Folder(photos))]
     path.write_bytes(b"x")  # an unreadable image does not stop it
