@@ -209,9 +209,6 @@ def test_rare_kinds_of_transparency_and_depth_are_decoded(tmp_path):
     for name in ("deep.tiff", "deep.ppm"):
         found = decoded(Image.fromarray(deep.astype(np.uint16)), name)
         assert np.abs(found - deep[..., None] / 257).max() <= 1, name
-    whole = Image.fromarray(noise(9, 30, 20))
-    found = decoded(whole, "exif.png", exif=b"Exif\0\0not a TIFF header")
-    assert np.array_equal(found, array(whole))
 
 
 def test_what_cannot_be_decoded_raises(tmp_path, monkeypatch):
@@ -292,16 +289,12 @@ def test_batches_are_a_function_of_seed_and_position(monkeypatch):
     assert epochs[0] != epochs[1] != epochs[2] and [*range(20)] not in epochs
 
 
-def test_count_means_evenly_spaced_images_each_once_over_all_processes(monkeypatch):
+def test_count_means_evenly_spaced_images():
     assert [data.evenly_spaced(7, count) for count in (None, 7, 8)] == [[*range(7)]] * 3
     some = data.evenly_spaced(1000, 100)
     assert len(some) == 100 and some[0] == 0 and some[-1] == 999 and {*np.diff(some)} == {10, 11}
-    monkeypatch.setattr(data.runtime, "world_size", lambda: 3)
-    dealt = []
-    for rank in range(3):
-        monkeypatch.setattr(data.runtime, "rank", lambda rank=rank: rank)
-        dealt += data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, count=17).batch_sampler
-    assert sorted(itertools.chain(*dealt)) == data.evenly_spaced(20, 17) and len(dealt) == 6
+    loader = data.eval_loader(EvalImages(Tiny(), 16), 3, 0, CPU, count=17)
+    assert [*itertools.chain(*loader.batch_sampler)] == data.evenly_spaced(20, 17)
 
 
 def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_photos, capsys):
@@ -359,5 +352,5 @@ def test_the_command_line_checks_shows_and_exports(script, rejected, photos, tmp
         assert np.array_equal(copy.resize((32, 32)), data.center_crop(source.load(i)[0], 32))
     assert "out is not empty" in rejected("data", *flags, "out")
     np.savez("samples.npz", np.zeros((2, 24, 24, 3), np.uint8))  # keep their size
-    script("data", "--data", "samples.npz", "--workers", 0, "--out", "pngs")
-    assert [Image.open(path).size for path in tmp_path.glob("pngs/*.png")] == [(24, 24)] * 2
+    script("data", "--data", "samples.npz", "--workers", 0, "--out", "pngs", "--count", 1)
+    assert [Image.open(path).size for path in tmp_path.glob("pngs/*.png")] == [(24, 24)]

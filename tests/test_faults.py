@@ -1,5 +1,6 @@
 """What happens to a run of days, and what people type: kills, several processes, unreadable data,
 numbers that are not finite, mistakes on the command line. Each promise to a user has a test."""
+import fcntl
 import importlib
 import itertools
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMON, PRIOR, ROOT, TINY, command, lines, load, run_scripts, same
+from conftest import COMMON, PRIOR, ROOT, TINY, command, launch, lines, load, run_scripts, same
 from PIL import Image
 
 import data
@@ -53,7 +54,7 @@ def at_step(monkeypatch):
     runtime.kill_workers()
 
 
-# ------------------------------------------------------------------------------- kills and signals
+# ------------------------------------------------------------ kills, signals and several processes
 
 def assert_same_runs(one, two):
     for path in one.glob("*.pt"):
@@ -138,8 +139,6 @@ def test_a_signal_to_every_process_is_one_request(processes, number, vgg, tmp_pa
         time.sleep(0.2)
 
 
-# ------------------------------------------------------------------------------- several processes
-
 FAIL = """
 def fail(self, index, n, view=data.TrainImages.view):
     assert runtime.rank() == 0 or "fails" not in sys.argv[-1], "mine"
@@ -175,17 +174,11 @@ def test_two_processes_compute_what_one_computes(script, vgg, tmp_path):
         assert all(torch.allclose(x, b["model"][k], atol=1e-5) for k, x in a["model"].items())
 
 
-def test_two_runs_can_not_have_one_folder(words, script, rejected, tmp_path):
-    hold = ("import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
-            "print('held', flush=True)\nsys.stdin.read()")
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / ".lock"],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    for more in ([], ["--resume"]):
-        sentence = rejected(*words["train_vgg"], *more, "--out", tmp_path)
-        assert "another process trains in" in sentence
-    other.communicate()
-    script(*words["train_vgg"], "--iters", 1, "--out", tmp_path)
+def test_two_runs_can_not_have_one_folder(tmp_path):
+    with open(tmp_path / ".lock", "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        done = launch(["miniature/train_vgg.py", *VGG, "--out", tmp_path], check=False)
+    assert done.returncode == 1 and "another process trains in" in done.stderr
 
 
 # ------------------------------------------------------------ bad data, numbers that are not finite
