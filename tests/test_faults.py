@@ -50,8 +50,7 @@ def at_step(monkeypatch):
     def arrange(call):
         monkeypatch.setattr(runtime.Run, "step", lambda run, optimizers, lr: (
             call(next(count), optimizers), step(run, optimizers, lr))[1])
-    yield arrange
-    runtime.kill_workers()
+    return arrange
 
 
 # ------------------------------------------------------------ kills, signals and several processes
@@ -73,7 +72,6 @@ def test_a_run_resumes_exactly_after_a_signal(kind, words, script, signal_at, tm
         with pytest.raises(SystemExit, match="143"):
             script(*often, "--workers", workers)
         assert load(tmp_path / "cut/ckpt.pt")["step"] == step
-    runtime.kill_workers()
     signal_at(None)
     script(*often)
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
@@ -113,7 +111,7 @@ def test_a_run_resumes_exactly_after_sigkill(kind, words, script, monkeypatch, t
 
 def descendants(pid):
     """Process numbers of a process, its children, and theirs."""
-    children = (Path(f"/proc/{pid}/task/{pid}/children").read_text() if pid else "").split()
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [pid, *itertools.chain(*map(descendants, map(int, children)))]
 
 

@@ -147,14 +147,6 @@ def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path, vgg):
             assert ("numbers of images" in warnings(out)) == (n == 60)
 
 
-def test_frechet_distance_equals_pytorch_fids_by_scipy():
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    x = np.random.default_rng(0).standard_normal((2, 400, 200)) * np.logspace(0, -1, 200)
-    gaussians = [values for part in x for values in (part.mean(0), np.cov(part, rowvar=False))]
-    found = fid.frechet_distance(*map(torch.from_numpy, gaussians))
-    assert found == close(calculate_frechet_distance(*gaussians), 1e-6)
-
-
 def test_frechet_distance_of_rotated_diagonal_matrices():
     """It is known. Many variances are zero, as with fewer images than features. With the smaller
     rank first it is exact; with the larger first, rounding errors of the other's null space are
