@@ -255,8 +255,6 @@ def test_samples_are_mapped_where_they_can_be(vgg, tmp_path):
         assert isinstance(samples.array(), np.memmap) == mapped
     folder = write_pngs(tmp_path / "folder", images)  # the other folder is as sample.py leaves it
     assert run(tmp_path, "--fake", folder, "--feature_net", vgg)[0]["FD"] < 1e-6
-    plain = data.open_source(write_npz(path, images))  # no labels
-    assert plain.load(2)[1] == 0 and not plain.classes
 
 
 def test_count_takes_evenly_spaced_images_and_samples_have_no_splits(tmp_path):
