@@ -256,7 +256,7 @@ def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, v
     words["fid"], words["fid judge"] = ["fid"], ["fid", "--feature_net", vgg, "--device", "cpu"]
     training = {"--data none": "none", "--data empty": "empty", "--data cut.pt": "cut.pt",
                 "--data lsun:none": "lsun:none", "--data torchvision:ImageFolder": "ImageFolder",
-                "--data stray": "stray", "--data flat": "flat --val",  # too few to hold out
+                "--data stray": "stray (x", "--data flat": "flat --val",  # too few to hold out
                 "--data splits": "--data splits/TRAINING --val splits/Valid",  # not classes
                 "--batch_size 7 --grad_accum 2": "--batch_size 7 --grad_accum 2"}
     for kind, mistakes in {  # what is typed, and words of the sentence
