@@ -56,6 +56,8 @@ def launch(main):
         barrier()
     except SystemExit as error:
         code = error.code or 0
+    except ModuleNotFoundError as error:  # of a package that few flags need
+        code = f"the package {error.name} is not installed"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT

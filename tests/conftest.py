@@ -248,6 +248,19 @@ def noise(seed, width, height, channels=3):
     return np.asarray(Image.fromarray(small.squeeze()).resize((width, height)))
 
 
+def to_pixels(images):
+    return data.to_uint8(images).permute(0, 2, 3, 1).numpy().astype(int)
+
+
+def cells(path, columns, height=16):
+    """The 16 pixels wide images of a sheet, row by row. They are enlarged six times, and names
+    stand on their left."""
+    grid = np.asarray(Image.open(path))[:, -6 * (18 * columns + 2):]
+    grid = grid[::6, ::6][2:, 2:].astype(int)
+    grid = grid.reshape(-1, height + 2, columns, 18, 3).swapaxes(1, 2)
+    return grid[:, :, :height, :16].reshape(-1, height, 16, 3)
+
+
 @pytest.fixture
 def many_photos(tmp_path):
     """A folder of two classes with 160 small images: enough to hold some out."""

@@ -10,37 +10,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import losses
-import runtime
 import train_tokenizer
 from miniature.shapes import Shapes
 
 
 @pytest.fixture
 def compiled(script, tmp_path, monkeypatch):
-    """compiled("train_prior", ...): trains as on a GPU, but the compiler returns graphs as they
-    are. An entry for each graph: the number of validations before it, or "dynamic" if it is for
-    all batch sizes, which is slower."""
-    graphs, log, compile_, validations = [], runtime.Run.log, torch.nn.Module.compile, 0
+    """compiled("train_prior", ...): trains and validates as on a GPU, but the compiler returns
+    graphs as they are. A bool for each graph: whether it is for all batch sizes, which is slower.
+    """
+    graphs, compile_ = [], torch.nn.Module.compile
 
     def backend(graph, inputs):
-        dynamic = any(isinstance(value, torch.SymInt) for value in inputs)
-        graphs.append("dynamic" if dynamic else validations)
+        graphs.append(any(isinstance(value, torch.SymInt) for value in inputs))
         return graph
-
-    def watch(self, step, split, **values):
-        nonlocal validations
-        validations += split == "val"
-        return log(self, step, split, **values)
 
     def train(*words):
         script(*words, "--iters", 4, "--eval_every", 2, "--compile", "--dtype", "bf16",
                "--out", tmp_path / "run")
-        assert validations == 3
         return graphs
     torch._dynamo.reset()
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda self, **more: compile_(self, backend=backend, **more))
-    monkeypatch.setattr(runtime.Run, "log", watch)
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 70})
     yield train
     torch._dynamo.reset()
@@ -48,30 +39,18 @@ def compiled(script, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_graphs_of_a_tokenizer(vgg, tokenizer, compiled, monkeypatch, phase):
-    """Training compiles before the second validation. Validation compiles nothing."""
     monkeypatch.setattr(train_tokenizer, "R1_EVERY", 2)
     words = [*TINY, "--vgg", vgg, "--batch_size", 66, "--phase", phase]
     words += ["--init", tokenizer] if phase == 2 else []
     # Encoder and decoder, VGG and the discriminator twice each: with and without gradients of
-    # their inputs and weights. Phase 2 decodes 64 images and 2.
-    assert compiled("train_tokenizer", *words) == [1] * (6 if phase == 1 else 7)
+    # their inputs and weights. Phase 2 decodes 64 images and 2. Validation compiles nothing.
+    assert compiled("train_tokenizer", *words) == [False] * (6 if phase == 1 else 7)
 
 
 @pytest.mark.parametrize("kind", ["ar", "nar"])
 def test_graphs_of_a_prior(tokenizer, compiled, kind):
     words = [*PRIOR, "--tokenizer", tokenizer, "--kind", kind]
-    assert compiled("train_prior", *words) == [0, 1]  # encoding 32 images, training
-
-
-def test_a_compiled_discriminator_has_the_same_gradients():
-    torch.manual_seed(0)
-    disc, x, found = losses.Discriminator(16, (4, 8)), torch.randn(4, 3, 16, 16), []
-    for call in (disc.forward, torch.compile(disc, backend="aot_eager", dynamic=False)):
-        disc.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            losses.generator_loss(call(x)).backward()
-        found.append([p.grad.clone() for p in disc.parameters()])
-    assert all(torch.allclose(a, b, rtol=2e-2, atol=1e-4) for a, b in zip(*found))
+    assert compiled("train_prior", *words) == [False] * 2  # encoding 32 images, training
 
 
 class Watch(TorchDispatchMode):
@@ -95,10 +74,10 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def watched(call, channels=(128, 512)):
+def watched(call):
     """What call(disc, x) does on 32 images of 256 x 256, on fake tensors."""
     with FakeTensorMode(), Watch() as seen:
-        call(losses.Discriminator(256, channels), torch.empty(32, 3, 256, 256))
+        call(losses.Discriminator(256), torch.empty(32, 3, 256, 256))
     return seen
 
 
@@ -113,12 +92,3 @@ def test_r1_has_no_feature_map_for_a_kernel_and_adds_nothing_to_the_peak_of_a_st
     without, with_r1 = watched(step), watched(step_with_r1)
     assert len(with_r1.kernels) > 200 and max(max(shape[2:]) for shape in with_r1.kernels) == 4
     assert with_r1.peak == without.peak > 1e9
-
-
-def test_r1_takes_no_more_memory_than_pytorchs_second_derivative():
-    def second_derivative(disc, x):
-        x.requires_grad_()
-        grad, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
-        grad.square().sum((1, 2, 3)).mean().backward()
-    ours = watched(lambda disc, x: losses.r1_penalty(disc, x).backward(), (8, 32))
-    assert 1e8 < ours.peak <= watched(second_derivative, (8, 32)).peak

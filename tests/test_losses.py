@@ -3,6 +3,7 @@ import math
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import fid
 import losses
-import train_tokenizer
 from losses import LAYERS, LOW_LAYERS, SEM_LAYERS, VGG16, Discriminator, PerceptualLoss, load_vgg
 
 
@@ -61,32 +61,21 @@ def test_equation_4_and_table_6(vgg):
         assert set(parts) == set(layers)
 
 
-def test_only_the_layers_that_alpha_needs_are_computed(net, vgg):
-    small, ran = load_vgg(vgg), set()
-    parts = {"stage": net.features[17], "classifier": net.classifier,
-             "small stage": small.stages[2], "small classifier": small.classifier}
-    for name, part in parts.items():
-        part.register_forward_hook(lambda *_, name=name: ran.add(name))
-    for alpha, layers, expected in ((0, LOW_LAYERS, {"stage"}),
-                                    (1, SEM_LAYERS, {"stage", "classifier"}),
-                                    (0.5, LAYERS, {"stage", "classifier"})):
-        ran.clear()
-        for network in (net, small):
-            _, terms = PerceptualLoss(network, alpha)(*torch.rand(2, 1, 3, 32, 32))
-            assert set(terms) == set(layers)
-        assert ran == expected | {f"small {name}" for name in expected}
+def test_alpha_0_does_not_run_the_classifier(net, vgg, monkeypatch):
+    for network in (net, load_vgg(vgg)):
+        monkeypatch.setattr(network.classifier, "forward", None)
+        _, terms = PerceptualLoss(network, alpha=0)(*torch.rand(2, 1, 3, 32, 32))
+        assert set(terms) == set(LOW_LAYERS)
 
 
 def test_an_offset_of_the_logits_changes_nothing():
     torch.manual_seed(0)
-    x, x_hat = torch.rand(2, 2, 3, 16, 16)
-    net = losses.SmallVGG([8] * 5, [3, 4]).eval()
+    x, net = torch.rand(2, 3, 16, 16), losses.SmallVGG([8] * 5, [3, 4]).eval()
     with torch.no_grad():
-        logits, loss = net(x, ("logit",))["logit"], PerceptualLoss(net, 1.0)(x_hat, x)[0]
+        logits = net(x, ("logit",))["logit"]
         net.classifier.bias += torch.tensor([9.0] * 3 + [-5.0] * 4)
         net.classifier.weight[:3] += torch.randn(8)
         assert torch.allclose(net(x, ("logit",))["logit"], logits, atol=1e-5)
-        assert torch.allclose(PerceptualLoss(net, 1.0)(x_hat, x)[0], loss)
 
 
 def test_frozen_in_eval_and_deterministic(net):
@@ -166,44 +155,12 @@ def test_equalised_learning_rate():
 
 
 @pytest.mark.parametrize("batch", [1, 4, 7])
-def test_minibatch_stddev_against_loops(batch):
+def test_minibatch_stddev_is_of_groups_of_four(batch):
     torch.manual_seed(0)
     x = torch.randn(batch, 3, 2, 2)
     out = losses.minibatch_stddev(x)
     assert out.shape == (batch, 4, 2, 2) and torch.equal(out[:, :3], x)
     for n in range(batch):
-        group = x[n // 4 * 4:n // 4 * 4 + 4]
-        std = [((group[:, c, i, j] - group[:, c, i, j].mean()) ** 2).mean().add(1e-8).sqrt()
-               for c in range(3) for i in range(2) for j in range(2)]
-        assert torch.allclose(out[n, 3], torch.full((2, 2), sum(std) / 12), atol=1e-5)
-
-
-def test_adversarial_losses():
-    real, fake = torch.randn(2, 9)
-    generator, discriminator = -fake.sigmoid().log(), -(real.sigmoid() * (-fake).sigmoid()).log()
-    assert torch.allclose(losses.generator_loss(fake), generator.mean())
-    assert torch.allclose(losses.discriminator_loss(real, fake), discriminator.mean())
-
-
-def test_r1_of_a_linear_function():
-    w, x = torch.randn(3, 4, 4, requires_grad=True), torch.randn(5, 3, 4, 4)
-    value = losses.r1_penalty(lambda x: (x * w).sum((1, 2, 3)), x)
-    assert value.item() == pytest.approx(w.square().sum().item(), rel=1e-5)
-    assert torch.allclose(torch.autograd.grad(value, w)[0], 2 * w)
-
-
-def test_r1_of_a_step_is_pytorchs_second_derivative_in_value_and_gradient():
-    """Two micro-batches of twelve, taken in groups of eight and four, against all 24 at once."""
-    torch.manual_seed(0)
-    disc, x = Discriminator(32, (8, 32)), torch.randn(24, 3, 32, 32)
-    found = sum(train_tokenizer.backward_r1(disc, part, 1 / 2) for part in x.split(12)) / 2
-    x.requires_grad_()
-    grad, = torch.autograd.grad(disc(x).sum(), x, create_graph=True)
-    value = grad.square().sum((1, 2, 3)).mean()
-    assert losses.r1_penalty(disc, x).item() == pytest.approx(value.item(), rel=1e-4)
-    assert found.item() == pytest.approx(value.item(), rel=1e-4)
-    theirs = torch.autograd.grad(value, disc.parameters(), materialize_grads=True)
-    for (name, p), g in zip(disc.named_parameters(), theirs):
-        # fp32 sums over 24 x 1,024 positions in another order; a wrong term is off by percents
-        error = g if p.grad is None else p.grad - g
-        assert error.abs().max() <= 1e-4 * g.abs().max(), name
+        group = x[n // 4 * 4:n // 4 * 4 + 4].numpy()
+        std = np.sqrt(group.var(0) + 1e-8).mean()
+        assert np.allclose(out[n, 3], std, atol=1e-5)

@@ -1,5 +1,4 @@
 """train_tokenizer.py and miniature/train_vgg.py: the loss by hand, both phases, their flags."""
-import importlib
 import math
 import sys
 from argparse import Namespace
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import train_vgg
-from conftest import COMMON, TINY, lines, load
+from conftest import COMMON, TINY, cells, lines, load, to_pixels
 from PIL import Image
 
 import data
@@ -70,8 +69,9 @@ def test_the_tokenizers_loss_is_eq_2(vgg, phase):
                    for loss in (ours, theirs)))
 
 
-def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
-    """With --grad_accum as without, but for the entropy term. R1 takes eight images at a time."""
+def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg, tmp_path):
+    """With --grad_accum as without, but for the entropy term. R1, in groups of eight images and of
+    what is left, is PyTorch's second derivative."""
     words = ["--iters", 1, "--batch_size", 12, "--disc_warmup", 0]
     states = {accum: train(*words, "--entropy_weight", 0, "--grad_accum", accum, out=accum)
               for accum in ("1", "3")}
@@ -93,46 +93,41 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg):
             for (key, before), each in zip(net.named_parameters(), opt):
                 g = each["exp_avg"] * 10
                 assert torch.allclose(state[name][key], before - 1e-3 * g / (g.abs() + 1e-8))
-    one, three = (train(*words, "--entropy_weight", 1, "--grad_accum", accum,
-                        out=f"gamma{accum}")["opt"]["state"]
-                  for accum in (1, 3))
-    assert not close(*([each["exp_avg"] for each in state.values()] for state in (one, three)))
+    for accum in states:
+        assert lines(tmp_path / accum, "train")[0]["r1"] == pytest.approx(r1.item(), rel=1e-4)
 
 
-def test_codes_begin_at_kmeans_after_steps_without_quantization(train, monkeypatch, tmp_path):
-    kmeans_codebook, begun = train_tokenizer.kmeans_codebook, []
+@pytest.mark.parametrize("words, seeds, quantized", [
+    (["--vq_warmup", 4], [0], [4, 5]),
+    (["--quantizer", "kmeans", "--grad_accum", 2], [0, 2, 4], [*range(6)])])
+def test_kmeans_gives_the_codebook_before_a_step_is_quantized(train, monkeypatch, tmp_path, words,
+                                                              seeds, quantized):
+    """With --vq_warmup for the first quantized step. Once per step, not per micro-batch."""
+    kmeans_codebook, found = train_tokenizer.kmeans_codebook, []
 
-    def watch(model, x, *rest, **seed):
-        assert 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
-        kmeans_codebook(model, x, *rest, **seed)
+    def watch(model, x, args, seed):
+        assert found or 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
+        kmeans_codebook(model, x, args, seed)
         z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
-        begun.append(torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed=0)))
-    monkeypatch.setattr(train_tokenizer, "kmeans_codebook", watch)
-    train("--vq_warmup", 4)
-    terms = ["soft_entropy" in line for line in lines(tmp_path / "run", "train")]
-    assert begun == [True] and terms == [False] * 4 + [True] * 2
-
-
-def test_kmeans_replaces_the_codebook_at_steps_not_micro_batches(train, monkeypatch):
-    """Before the step at which its outputs are quantized. The seed is the step."""
-    kmeans, found = vq.kmeans, []
+        assert torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed))
+        found.append(seed)
     monkeypatch.setattr(train_tokenizer, "KMEANS_STEPS", range(0, 5, 2))
-    monkeypatch.setattr(vq, "kmeans", lambda *rest: found.append(rest[2]) or kmeans(*rest))
-    train("--quantizer", "kmeans", "--grad_accum", 2)
-    assert found == [0, 2, 4]
+    monkeypatch.setattr(train_tokenizer, "kmeans_codebook", watch)
+    train(*words)
+    terms = ["soft_entropy" in line for line in lines(tmp_path / "run", "train")]
+    assert found == seeds and np.flatnonzero(terms).tolist() == quantized
 
 
 # -------------------------------------------------------------------------------------- whole runs
 
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "train_vgg"])
-def test_by_default_a_run_validates_at_least_ten_times(name, tokenizer, tmp_path, monkeypatch):
-    needed = ["--tokenizer", tokenizer] if name == "train_prior" else []
+def test_by_default_a_run_validates_at_least_ten_times(tmp_path, monkeypatch):
     for iters, due in ((7, [*range(8)]), (109, [*range(0, 101, 10), 109]), (99_999, [0, 5000])):
-        words = [*needed, "--iters", iters, "--out", tmp_path / str(iters)]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        run = runtime.Run(importlib.import_module(name).parse(), "", ())
+        words = ["--iters", str(iters), "--out", str(tmp_path / str(iters))]
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *words])
+        run = runtime.Run(train_tokenizer.parse(), "", ())
         steps = [step for step in range(iters + 1) if run.validation_is_due(step)]
         assert steps[:len(due)] == due and len(steps) > 7
+
 
 def test_what_a_run_logs_and_saves(train, tmp_path, capsys, monkeypatch):
     state = train()
@@ -194,7 +189,7 @@ def test_validation_equals_a_loop(train, vgg, tmp_path, capsys):
         Shapes().load(i, 16)[0].save(tmp_path / f"val/{i:03}.png")
     for i in (7, 8):
         (tmp_path / f"val/00{i}.png").write_bytes(b"")
-    train("--val", tmp_path / "val", "--iters", 3, "--alpha", 0)
+    train("--val", tmp_path / "val", "--iters", 3, "--alpha", 0, "--lr", 0.02)  # leaves [-1, 1]
     assert capsys.readouterr().out.count("skipped: '007.png'") == 1
     model, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
     net, rows, used = losses.load_vgg(vgg), [], []
@@ -217,21 +212,17 @@ def test_validation_equals_a_loop(train, vgg, tmp_path, capsys):
     assert [value[name] for name in names] == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 5, 21, 100])
+@pytest.mark.parametrize("n", [21, 100])
 def test_reconstructions_are_of_the_whole_set(tokenizer, tmp_path, monkeypatch, n):
     """Each input above its reconstruction, eight per row; at most 32."""
     monkeypatch.setattr(Shapes, "SIZES", {"val": n})
     args, (model, _) = Namespace(image_size=16, phase=1, dtype="fp32"), vq.load_tokenizer(tokenizer)
     train_tokenizer.save_reconstructions(tmp_path / "0.png", model, Shapes("val"), args, CPU)
-    rows = np.asarray(Image.open(tmp_path / "0.png"))[::6, ::6]  # 6 times enlarged
-    rows = rows[2:, 2:] if n > 1 else rows  # a single image has no frame
-    for i, index in enumerate(data.evenly_spaced(n, 32)):
-        y, x = i // 8 * 34, i % 8 * 18
-        image, _ = data.EvalImages(Shapes("val"), 16)[index]
-        assert np.array_equal(rows[y:y + 16, x:x + 16], image.permute(1, 2, 0))
-        x_hat = data.to_uint8(model(data.to_float(image[None], CPU))[0])[0]
-        below = rows[y + 16:y + 32, x:x + 16].astype(int)
-        assert np.abs(below - x_hat.permute(1, 2, 0).numpy()).max() <= 1  # of a batch, of one
+    images = data.EvalImages(Shapes("val"), 16)
+    x = torch.stack([images[i][0] for i in data.evenly_spaced(n, 32)])
+    x = data.to_float(x, CPU)
+    want = to_pixels(torch.cat([x, model(x)[0]], 2))
+    assert abs(cells(tmp_path / "0.png", 8, height=32)[:len(x)] - want).max() <= 1
 
 
 # ------------------------------------------------------------------------------------ both phases
@@ -241,8 +232,8 @@ def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, t
                                                    monkeypatch, attention, quantizer):
     monkeypatch.setattr(train_tokenizer, "KMEANS_STEPS", range(9))
     one = train("--data", many_photos, "--crop", "center", "--attention", attention,
-                "--commitment_weight", 0.3,
-                "--l1_weight", 0.7, "--quantizer", quantizer, "--iters", 2)
+                "--commitment_weight", 0.3, "--l1_weight", 0.7, "--quantizer", quantizer,
+                "--iters", 2)
     phase_1, _ = vq.load_tokenizer(tmp_path / "run/ckpt.pt")
     tokenizer_loss, begun = train_tokenizer.tokenizer_loss, []
 
@@ -273,19 +264,15 @@ def test_phase_2_and_finetuning_start_from_phase_1(train, script, many_photos, t
     assert vq.fingerprint(phase_1) == vq.fingerprint(vq.load_tokenizer(tmp_path / "two/ckpt.pt")[0])
 
 
-def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(
-        train, script, rejected, many_photos, tmp_path, capsys):
-    one = train("--iters", 2, "--perceptual_weight", 0.5, "--data", many_photos)
-    path, moved = tmp_path / "run/ckpt.pt", many_photos.rename(tmp_path / "moved")
-    del one["args"]["grad_checkpointing"]  # as if it were a fork's new flag
-    torch.save(one, path)
+def test_a_run_resumes_longer_slower_on_moved_data_and_after_a_fork(train, script, many_photos,
+                                                                    tmp_path, capsys):
+    state = train("--iters", 2, "--data", many_photos)
+    del state["args"]["grad_checkpointing"]  # as if it were a fork's new flag
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    moved = many_photos.rename(tmp_path / "moved")
     resume = ["train_tokenizer", "--resume", "--out", tmp_path / "run", "--data", moved]
-    assert str(path) in rejected(*resume, "--z_dim", 16)
     script(*resume, "--iters", 5)
-    two, text = load(path), capsys.readouterr().out
-    assert "--iters was 2, now 5" in text and "has changed" not in text and two["step"] == 5
-    flags = {"iters": 5, "resume": True, "grad_checkpointing": False, "data": str(moved)}
-    assert two["args"] == one["args"] | flags and two["config"] == one["config"]
+    assert "has changed" not in capsys.readouterr().out
     rates = [line["lr"] for line in lines(tmp_path / "run", "train")][2:]
     assert rates == pytest.approx([runtime.cosine(n, 5, 1e-3, 5e-4) for n in (2, 3, 4)], rel=1e-5)
     (moved / "cats/new.png").write_bytes((moved / "cats/0.png").read_bytes())
