@@ -324,9 +324,8 @@ def test_a_thousand_unreadable_images_in_succession_are_an_error(capsys):
             return super().load(i, size)
 
     assert data.load_image(Broken(), 201, 8)[1] == 1200
-    for source, first in ((Broken(), 200), (data.HoldOutSplit(Broken(), range(3)), 0)):
-        with pytest.raises(data.Unreadable, match=f"no image can be read from 'picture {first}'"):
-            data.load_image(source, first, 8)
+    with pytest.raises(data.Unreadable, match="no image can be read from 'picture 200'"):
+        data.load_image(Broken(), 200, 8)
     assert capsys.readouterr().out.count("skipped") == 100  # at most, per process
 
 

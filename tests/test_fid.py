@@ -148,9 +148,8 @@ def test_pytorch_fid_reads_our_statistics_and_we_read_its(tmp_path, vgg):
 
 
 def test_frechet_distance_of_rotated_diagonal_matrices():
-    """It is known. Many variances are zero, as with fewer images than features. With the smaller
-    rank first it is exact; with the larger first, rounding errors of the other's null space are
-    left."""
+    """It is known. Many variances are zero, as with fewer images than features. With the larger
+    rank first, rounding errors of the other's null space are left."""
     d = 200
     turn = torch.from_numpy(np.linalg.qr(np.random.default_rng(0).standard_normal((d, d)))[0])
     mean, zero = torch.ones(d).double(), torch.zeros(d).double()

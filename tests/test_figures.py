@@ -154,8 +154,6 @@ def test_training_curves_are_drawn_by_unit(script, vgg, tokenizer, tmp_path, mon
             "discriminator": {"tok train real_logit", "tok train fake_logit"}}.items():
         assert {line.get_label() for line in axes[title].lines} == labels
     assert axes["PSNR"].get_ylabel() == "dB"
-    line = axes["unigram entropy of the codes"].lines[0]
-    assert [*line.get_xdata()] == [0, 3, 6]
 
 
 # A `python` that only logs the stages of demo.sh. The stage $STOP waits for a signal.
@@ -213,7 +211,6 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
     weights = tmp_path / "weights"
     script("export", out / "alpha1", "--out", weights)
     tokenizer = vq.load_tokenizer(weights / "tokenizer.pt")[0]
-    assert vq.fingerprint(tokenizer) == load(weights / "ar.pt")["tokenizer"]
+    for name in ("ar.pt", "nar.pt"):
+        assert vq.fingerprint(tokenizer) == load(weights / name)["tokenizer"]
     assert str(out).encode() not in b"".join(path.read_bytes() for path in weights.iterdir())
-    script("sample", "--prior", weights / "nar.pt", "--tokenizer", weights / "tokenizer.pt",
-           "--count", 2, "--out", tmp_path / "nar", "--device", "cpu")
