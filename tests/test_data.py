@@ -216,7 +216,6 @@ def test_what_cannot_be_decoded_raises(tmp_path, monkeypatch):
     image, whole = Image.fromarray(noise(0, 30, 20)), tmp_path / "whole.png"
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: image.im)
     image.save(whole)
-    assert data.decode(whole).size == (30, 20)
     image.save(tmp_path / "script.jpg", "EPS")
     (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")

@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 
@@ -47,8 +48,7 @@ def run(flags, monkeypatch):
 
 # ------------------------------------------------------------------------------------- run folders
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(),
-                                   RuntimeError("[enforce fail] PytorchStreamWriter: No space")])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
     path = tmp_path / "new" / "ckpt.pt"
     runtime.save_file(path, lambda file: file.write(b"old"))
@@ -66,14 +66,18 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, error):
 
 def test_a_run_resumes_from_its_checkpoint_and_forgets_later_log_lines(run, capsys):
     run().log(0, "train", loss=0)  # killed before its first checkpoint
-    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    net, other = torch.nn.Linear(99, 99), torch.nn.Linear(99, 99)
     one = run("--resume", model=net)
     assert one.resumed == (0, {}) and one.metrics.read_text() == ""
-    assert "from step 0" in capsys.readouterr().out
     for step in (1, 2, 3):
         one.log(step, "train", loss=float("nan") if step == 2 else 1 / 3)
     one.best, one.validated, one.skipped = 1.5, 2, 7
     one.save(2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # as a full disk
+    with pytest.raises(SystemExit, match="cannot write .*ckpt.pt"):
+        one.save(3)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with open(one.metrics, "a") as file:
         file.write('{"step": 2, "spl')  # killed in the middle of a line
     two = run("--resume", "--eval_every", 1, model=other)
@@ -168,8 +172,7 @@ def test_a_closed_terminal_does_not_end_a_run(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
     monkeypatch.setattr(sys, "stdout", open(writer, "w", buffering=1))
-    for text in ("step 1", "step 2"):
-        runtime.print0(text)
+    runtime.print0("step 1")
     assert sys.stdout.name == os.devnull
 
 
