@@ -36,16 +36,19 @@ PRIOR = [*COMMON, "--size", "tiny", "--views", 2]
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """A small drawn data set, and no unreadable image that an earlier test has reported."""
+    """A small drawn data set, and no unreadable image that an earlier test has reported. Afterwards
+    signals are handled as before."""
     monkeypatch.setattr(Shapes, "SIZES", {"train": 60, "val": 12})
     data.report.cache_clear()
+    before = {number: signal.getsignal(number) for number in (*runtime.SIGNALS, signal.SIGCHLD)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
 def script(monkeypatch):
     """script("train_tokenizer", "--iters", 3): its main() with these words as the command line."""
-    before = {number: signal.getsignal(number) for number in (*runtime.SIGNALS, signal.SIGCHLD)}
-
     def call(name, *words):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, words)])
         try:
@@ -60,8 +63,6 @@ def script(monkeypatch):
             for worker in (p for p in multiprocessing.active_children() if p.daemon):
                 worker.kill()
                 worker.join()
-            for number, handler in before.items():
-                signal.signal(number, handler)
     return call
 
 
@@ -115,6 +116,31 @@ def launch(words, processes=0, check=True, **options):
     return done
 
 
+RUN_SCRIPTS = """
+import importlib, json, sys
+sys.path[1:1] = json.loads(sys.argv[1])
+import data, runtime
+from miniature.shapes import Shapes
+Shapes.SIZES = {"train": 60, "val": 12}
+BEFORE
+
+def main():
+    for sys.argv in json.loads(sys.argv[2]):
+        importlib.import_module(sys.argv[0]).main()
+        runtime.dist.init_process_group = lambda *_, **__: None  # once
+runtime.launch(main)
+"""
+
+
+def run_scripts(folder, runs, before="", processes=2, **options):
+    """Run scripts one after another in processes that start once, by a program in `folder`, which
+    may hold changed copies of the scripts. before: lines of it that come first."""
+    (folder / "run_scripts.py").write_text(RUN_SCRIPTS.replace("BEFORE", before))
+    runs = [[*map(str, words)] for words in runs]
+    words = [folder / "run_scripts.py", json.dumps(sys.path), json.dumps(runs)]
+    return launch(words, processes, timeout=300, **options)
+
+
 def lines(folder, split):
     """The lines of a run's metrics.jsonl."""
     found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
@@ -134,6 +160,20 @@ def same(a, b):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+class NoFloat64(torch.overrides.TorchFunctionMode):
+    """float64 is an error, as on a Mac's GPU, except for tensors that come from .cpu()."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if function is torch.Tensor.cpu:
+            found = found.detach().clone()
+            found.on_host = True
+        elif given and isinstance(found, torch.Tensor) and found.dtype == torch.float64:
+            assert any(hasattr(t, "on_host") or t.dtype == torch.float64 for t in given), function
+        return found
 
 
 class Code:

@@ -231,8 +231,8 @@ def test_a_prior_that_ignores_the_other_codes_is_reported(train, monkeypatch, ca
     assert capsys.readouterr().out.count("ignores the other codes") == (0 if uses else 3)
 
 
-def test_best_and_validated_survive_a_resume(train, script, tmp_path, monkeypatch, signal_at,
-                                             capsys):
+def test_best_and_validated_survive_a_resume(train, script, rejected, tokenizer, tmp_path,
+                                             monkeypatch, signal_at, capsys):
     losses = [3.0, 1.0, 2.0, 1.5, 1.7]
     names, found = ("loss", "loss_little_context", "loss_much_context"), iter(losses)
     monkeypatch.setattr(train_prior, "validate", lambda *args: dict.fromkeys(names, next(found)))
@@ -250,6 +250,8 @@ def test_best_and_validated_survive_a_resume(train, script, tmp_path, monkeypatc
         assert steps() == [4, 1]
     assert "is finished" in capsys.readouterr().out
     assert [value["loss"] for value in lines(tmp_path / "prior", "val")] == losses
+    save_tokenizer(tokenizer, seed=1)  # trained on in the meantime: other codes
+    assert str(tokenizer) in rejected("train_prior", "--resume", "--out", tmp_path / "prior")
 
 
 def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path, encoded):
