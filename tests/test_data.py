@@ -2,6 +2,7 @@
 import inspect
 import io
 import itertools
+import os
 from argparse import Namespace
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from conftest import noise
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, PngImagePlugin
 
 import data
 from data import EvalImages, Folder, TrainImages
@@ -59,7 +60,7 @@ def test_shapes_are_a_function_of_index_and_size():
     assert {*contents(Shapes()).values()} == {*range(len(Shapes.classes))}
 
 
-def test_class_folders_of_any_depth(tmp_path, capsys):
+def test_class_folders_of_any_depth(tmp_path, capsys, monkeypatch):
     """Labels are in alphabetical order. Hidden files, other files and folders without images are
     left out, links are followed."""
     root = tmp_path / "root"
@@ -75,6 +76,14 @@ def test_class_folders_of_any_depth(tmp_path, capsys):
     assert source.load([*contents(source)].index("c/6.png"))[0].getpixel((3, 3)) == (16, 0, 0)
     flat = Folder(root / "a-b")
     assert flat.classes == [] and contents(flat) == {"3.jfif": 0}
+
+    def scandir(path, scandir=os.scandir):
+        if path == f"{root}/only":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert contents(Folder(root)) == contents(source)
+    assert f"Permission denied: '{root}/only'" in capsys.readouterr().out
 
 
 def test_the_content_hash_is_of_names_labels_and_pixels(photos):
@@ -209,6 +218,10 @@ def test_rare_kinds_of_transparency_and_depth_are_decoded(tmp_path):
     for name in ("deep.tiff", "deep.ppm"):
         found = decoded(Image.fromarray(deep.astype(np.uint16)), name)
         assert np.abs(found - deep[..., None] / 257).max() <= 1, name
+    whole, text = Image.fromarray(noise(9, 30, 20)), PngImagePlugin.PngInfo()
+    text.add_text("workflow", "0" * 3_000_000, zip=True)
+    for options in ({"exif": b"Exif\0\0not a TIFF header"}, {"pnginfo": text}):
+        assert np.array_equal(decoded(whole, "notes.png", **options), array(whole))
 
 
 def test_what_cannot_be_decoded_raises(tmp_path, monkeypatch):
@@ -296,6 +309,11 @@ def test_count_means_evenly_spaced_images():
     assert [*itertools.chain(*loader.batch_sampler)] == data.evenly_spaced(20, 17)
 
 
+def test_a_row_is_labelled_by_the_name_of_its_class_if_the_font_has_it():
+    names = ["house finch", "\u732b", "n" * 99]  # the second one would be a box
+    assert [data.row_label(*pair) for pair in zip(names, (7, 8, 9))] == [names[0], "8", "n" * 20]
+
+
 def test_an_unreadable_image_is_reported_once_and_replaced_by_the_next(many_photos, capsys):
     (many_photos / "cats/0.png").write_bytes(b"x")
     source = Folder(many_photos)
@@ -340,7 +358,7 @@ def test_the_command_line_checks_shows_and_exports(script, rejected, photos, tmp
         text = capsys.readouterr().out
         for words in ("8 of 9", "0 cats: 4", "1 dogs: 4", "'cats/bad.png' can't be read"):
             assert text.count(words) == 1
-    data.save_grid("wanted.png", torch.stack([images[i][0] for i in range(8)]))
+    data.save_grid("wanted.png", [("", torch.stack([images[i][0] for i in range(8)]))])
     assert np.array_equal(Image.open("preview.png"), Image.open("wanted.png"))
     (photos / "cats/bad.png").unlink()
     flags = ("--data", photos, "--image_size", 32, "--workers", 0, "--out")

@@ -196,6 +196,14 @@ def test_two_processes_find_what_one_finds(vgg, tokenizer, tmp_path, monkeypatch
     assert found == {*"n_real n_fake rFID usage perplexity FD accuracy FID IS IS_std".split()}
 
 
+def test_no_is_of_fewer_than_ten_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "Inception", lambda *_: Pixels())
+    for n in (9, 10):
+        fake = write_npz(tmp_path / f"{n}.npz", drawings(n, seed=6, size=16))
+        found, _ = run(fake, "--fake", fake)
+        assert ("IS" in found) == (n == 10) and found["n_fake"] == n
+
+
 def test_rfid_usage_and_perplexity_equal_a_loops(tokenizer, tmp_path, monkeypatch):
     """Both encode one batch of 70 images: in another batch size a few values round otherwise."""
     state = torch.load(tokenizer)

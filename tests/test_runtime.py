@@ -274,15 +274,20 @@ def test_how_a_script_ends(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
+    def no_package():
+        raise ModuleNotFoundError("No module named 'lmdb'", name="lmdb")
+
     loader = data.loader(data.EvalImages(Shapes(), 16), [[0]] * 9, 1, torch.device("cpu"))
     batches, codes = iter(loader), []
     next(batches)
     worker, = multiprocessing.active_children()
+    missing = "the package lmdb is not installed"
     monkeypatch.setattr(runtime, "barrier", lambda: None)
     monkeypatch.setattr(runtime.os, "_exit", codes.append)
     for main, alone, in_two, last in (
             (fail, "eight", 1, "KeyError: 'eight'"), (interrupt, 130, 130, "interrupted"),
-            (lambda: sys.exit("no"), "no", 1, "no"), (lambda: None, 0, 0, "")):
+            (no_package, missing, 1, missing), (lambda: sys.exit("no"), "no", 1, "no"),
+            (lambda: None, 0, 0, "")):
         with pytest.raises(KeyError if main is fail else SystemExit) as ended:
             runtime.launch(main)
         assert ended.value.args == (alone,)
