@@ -262,7 +262,8 @@ def test_a_mistake_is_one_sentence_before_any_work(words, rejected, tokenizer, v
     for kind, mistakes in {  # what is typed, and words of the sentence
             "phase 1": training | {
                 "--alpha 1.5": "--alpha 1.5 [0, 1]", "--image_size 17": "--image_size 17 by 2",
-                "--vq_warmup 2 --quantizer kmeans": "--vq_warmup", "--vgg none.pt": "none.pt https://",
+                "--vq_warmup 2 --quantizer kmeans": "--vq_warmup",
+                "--vgg none.pt": "none.pt https://",
                 "--vgg imagenet": "https:// --vgg", f"--vgg {tokenizer}": "train_vgg.py",
                 "--data shapes:clutter=2": "clutter [0, 1]", "--resume --out .": "ckpt.pt prior"},
             "phase 2": training | {
