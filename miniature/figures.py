@@ -72,7 +72,7 @@ LABELS = {key.removesuffix("_2"): (text.replace(", phase 2", ""), digits)
 PHASES = {"l1": "lower", "psnr": "higher", "fd": "lower", "ar_fd": "lower", "ar_score": "higher",
           "nar_fd": "lower"}
 # The baseline (alpha 0, only phase 1) against the method (alpha 1, both phases).
-METHOD = {"ar_fd": "lower", "ar_score": "higher", "ar_accuracy": "higher"}
+METHOD = {"ar_fd": "lower", "ar_score": "higher", "ar_accuracy": "higher", "nar_fd": "lower"}
 CLUTTER = [row for row in ROWS if row[0] in (
     "unigram_entropy", "ar_loss", "ar_improvement", "ar_fd_2", "ar_score_2")]
 
@@ -384,9 +384,9 @@ def ablation_tables(folders):
 # --------------------------------------------------------------------------- images and plots
 
 def image_sheet(path, rows):
-    """Save named rows of at most ten images, [(name, uint8 (n, H, W, 3)), ...], as one PNG."""
+    """Save named rows of at most twenty images, [(name, uint8 (n, H, W, 3)), ...], as one PNG."""
     data.save_grid(path, [(name, torch.as_tensor(images).movedim(3, 1)) for name, images in rows],
-                   columns=10)
+                   columns=20)
     print(f"wrote {path}")
 
 
