@@ -234,7 +234,7 @@ class Lsun(Folder):
             self.files = np.array(list(transaction.cursor().iternext(values=False)))
 
     def open(self):
-        import lmdb
+        lmdb = runtime.import_optional("lmdb")
         return lmdb.open(self.path, readonly=True, lock=False, readahead=False, meminit=False)
 
     def load(self, i, size=0):
@@ -438,6 +438,7 @@ def save_grid(path, rows, columns=8):
     columns = min(columns, n)
     rows = [(name, images[i:i + columns])
             for i in range(0, n, columns) for name, images in rows]
+    # Short rows end in white images.
     padded = [F.pad(images.cpu(), (0, 0) * 3 + (0, columns - len(images)), value=255)
               for _, images in rows]
     size, scale = padded[0].shape[2], max(1, 96 // padded[0].shape[3])

@@ -7,6 +7,7 @@ derivative and for two networks that are trained in turn.
 import argparse
 import contextlib
 import fcntl
+import importlib
 import json
 import math
 import multiprocessing
@@ -29,6 +30,14 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 def describe(error):
     """Type and first line of an exception."""
     return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def import_optional(name):
+    """Import a package that is not in requirements.txt, as only some flags need it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the package {error.name} is not installed") from error
 
 
 def ignore_signals(_):
@@ -56,8 +65,6 @@ def launch(main):
         barrier()
     except SystemExit as error:
         code = error.code or 0
-    except ModuleNotFoundError as error:  # of a package that few flags need
-        code = f"the package {error.name} is not installed"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -433,8 +440,7 @@ class Run:
             except BlockingIOError:
                 raise SystemExit(f"another process trains in {self.out}") from None
             if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                self.board = SummaryWriter(self.out)
+                self.board = import_optional("torch.utils.tensorboard").SummaryWriter(self.out)
 
     def resume(self, constants, **parts):
         """Load the models and optimizers `parts` from the checkpoint, if there is one. Returns its

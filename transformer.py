@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         """The input of a training step -> tokens (B, N), labels, mask (B, N) bool of the codes to
         predict. All randomness comes from u (B, N + 2), uniform in [0, 1).
 
-        NAR: a random mask turns s into s_m. AR: tokens are the indices, and all are predicted.
+        NAR: a random mask turns s into s_m. AR: tokens are the indices; each is predicted.
         A label becomes the null class with probability `label_dropout`."""
         if label_dropout:
             labels = torch.where(u[:, 0] < label_dropout, self.num_classes, labels)

@@ -72,7 +72,8 @@ LABELS = {key.removesuffix("_2"): (text.replace(", phase 2", ""), digits)
 PHASES = {"l1": "lower", "psnr": "higher", "fd": "lower", "ar_fd": "lower", "ar_score": "higher",
           "nar_fd": "lower"}
 # The baseline (alpha 0, only phase 1) against the method (alpha 1, both phases).
-METHOD = {"ar_fd": "lower", "ar_score": "higher", "ar_accuracy": "higher", "nar_fd": "lower"}
+METHOD = {"ar_fd": "lower", "ar_score": "higher", "ar_accuracy": "higher",
+          "nar_fd": "lower", "nar_accuracy": "higher"}
 CLUTTER = [row for row in ROWS if row[0] in (
     "unigram_entropy", "ar_loss", "ar_improvement", "ar_fd_2", "ar_score_2")]
 
@@ -115,7 +116,7 @@ def held_out(flags, count=None):
 
 
 def variance_explained(x, parts):
-    """The fraction of the pixels' variance that a linear regression on the parts explains. The
+    """How much of the pixels' variance a linear regression on the parts explains, from 0 to 1. The
     arguments are what `held_out` returns."""
     x = x.flatten(1).double()
     one_hot = [torch.nn.functional.one_hot(kind, n) for kind, n in zip(parts.T, KINDS)]
@@ -411,11 +412,9 @@ def image_sheets(folders, out):
                                    (f"{title}\nAR prediction", prediction),
                                    (f"{title}\nphase 2", images2)]
         if alpha in (0, 1):
-            caption = "alpha 1: parts stay,\ncolors fade" if alpha else title
-            method = (method or inputs) + [(caption, images1)]
+            method = (method or inputs) + [(title, images1)]
         if alpha == 1:
-            method += [("the same codes after\nphase 2: colors return", images2),
-                       ("samples", ar2)]
+            method += [("alpha 1,\nafter phase 2", images2), ("samples", ar2)]
         samples += [(f"{title}\nAR", ar2), (f"{title}\nNAR", nar2)]
         phases += [(f"{title}\nAR, phase 1", ar1), (f"{title}\nphase 2", ar2)]
     sheets = {"view": view, "method": method, "samples": samples, "phases": phases}

@@ -3,6 +3,7 @@ import inspect
 import io
 import itertools
 import os
+import sys
 from argparse import Namespace
 from functools import partial
 
@@ -135,7 +136,7 @@ def test_validation_labels_are_those_of_training(many_photos, tmp_path):
         assert len(opened(folder, labels=False)) == len(opened(folder, many_photos / "cats")) == 1
 
 
-def test_lsun_is_read_in_workers(tmp_path):
+def test_lsun_is_read_in_workers(tmp_path, monkeypatch):
     import lmdb
     with lmdb.open(str(tmp_path), map_size=1 << 24) as env, env.begin(write=True) as writer:
         for i in range(10):
@@ -148,6 +149,9 @@ def test_lsun_is_read_in_workers(tmp_path):
     images, _ = gather(data.eval_loader(EvalImages(source, 16), 4, 2, CPU))
     assert images[:, 0, 0, 0].tolist() == [25 * i for i in range(10)]
     assert sum(map(len, both_parts(f"lsun:{tmp_path}"))) == 10
+    monkeypatch.setitem(sys.modules, "lmdb", None)  # as if it were not installed
+    with pytest.raises(SystemExit, match="lmdb"):
+        data.open_source(f"lsun:{tmp_path}")
 
 
 def test_torchvision_by_name(monkeypatch):

@@ -264,11 +264,14 @@ def test_samples_are_mapped_where_they_can_be(vgg, tmp_path):
     assert run(tmp_path, "--fake", folder, "--feature_net", vgg)[0]["FD"] < 1e-6
 
 
-def test_count_takes_evenly_spaced_images_and_samples_have_no_splits(tmp_path):
+def test_count_takes_evenly_spaced_images_and_samples_have_no_splits(tmp_path, many_photos):
     images = fid.EvalSet("shapes", 8, "train", 20)
     assert len(images) == 20 and images.indices == data.evenly_spaced(60, 20)
     path = write_npz(tmp_path / "samples.npz", drawings(60, seed=5, size=16))
     assert len(fid.EvalSet(path, 16, "val", None)) == 60
+    train, val, both = (len(fid.EvalSet(str(many_photos), 16, split, None))
+                        for split in ("train", "val", None))
+    assert train + val == both == 160 and val < 20
 
 
 def test_the_network_of_the_loss_is_no_independent_judge(vgg, tokenizer, tmp_path, photos):

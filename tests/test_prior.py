@@ -13,7 +13,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PRIOR, cells, launch, lines, load, noise, save_prior, save_tokenizer, to_pixels
+from conftest import (
+    PRIOR,
+    cells,
+    lines,
+    load,
+    noise,
+    run_scripts,
+    save_prior,
+    save_tokenizer,
+    to_pixels,
+)
 from PIL import Image
 
 import data
@@ -269,31 +279,29 @@ def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path,
     assert not encoded  # seeds and kinds share the codes
 
 
-TWO = """
-import importlib, json, sys
-sys.path[:0], runs = json.loads(sys.argv[1])
-import runtime
+# The smaller data set, and a copy of the codes after a round: what a SIGKILL would leave.
+KILLED = """
+import shutil, data, runtime
 from miniature.shapes import Shapes
 Shapes.SIZES = {"train": 80, "val": 140}
 
-def main():
-    for sys.argv in runs:
-        importlib.import_module(sys.argv[0]).main()
-        runtime.dist.init_process_group = lambda *_, **__: None  # once
-runtime.launch(main)
+def to_float(*args, batches=[], real=data.to_float):
+    batches.append(args)
+    if runtime.is_main() and len(batches) == 2:
+        shutil.copytree("OUT/two/codes", "OUT/killed")
+    return real(*args)
+data.to_float = to_float
 """
 
 
-def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch):
+def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch, encoded):
     """One process takes two micro-batches. Two encode five batches in three rounds."""
     monkeypatch.setattr(Shapes, "SIZES", {"train": 80, "val": 140})
     words = ["--kind", "nar", "--dropout", 0, "--lr", 1e-4, "--label_dropout", 0.3]
     draw = ["sample", "--prior", tmp_path / "two/ckpt.pt", "--tokenizer", tokenizer, "--count", 10,
             "--decode_steps", 3, "--batch_size", 4, "--device", "cpu", "--out"]
     two = ["train_prior", *PRIOR, "--tokenizer", tokenizer, *words, "--out", tmp_path / "two"]
-    runs = [[*map(str, run)] for run in (two, [*draw, tmp_path / "s2"])]
-    (tmp_path / "two.py").write_text(TWO)
-    launch([tmp_path / "two.py", json.dumps([sys.path, runs])], 2)
+    run_scripts(tmp_path, (two, [*draw, tmp_path / "s2"]), KILLED.replace("OUT", str(tmp_path)))
     train(*words, "--grad_accum", 2, out="one")
     for split, rows in (("train", 160), ("val", 140)):
         one, two = (read_cache(tmp_path / run, split) for run in ("one", "two"))
@@ -302,6 +310,10 @@ def test_two_processes_equal_one(train, script, tokenizer, tmp_path, monkeypatch
                      for line in lines(tmp_path / run, split)] for run in ("one", "two"))
         assert len(one) == len(two) == {"train": 6, "val": 3}[split]
         assert all(a == pytest.approx(b, rel=1e-5) for a, b in zip(one, two))
+    encoded.clear()  # two processes were killed after a round; one resumes
+    resumed = encode(tmp_path / "killed/train", tokenizer, Shapes())
+    assert encoded == [32] * 3
+    assert resumed.tobytes() == read_cache(tmp_path / "two", "train").tobytes()
     script(*draw, tmp_path / "s1")
     a, b = (np.load(tmp_path / s / "samples.npz") for s in ("s1", "s2"))
     assert all(np.array_equal(a[name], b[name]) for name in ("arr_0", "arr_1"))
