@@ -438,7 +438,7 @@ def save_grid(path, rows, columns=8):
     columns = min(columns, n)
     rows = [(name, images[i:i + columns])
             for i in range(0, n, columns) for name, images in rows]
-    # Short rows end in white images.
+    # F.pad counts from the last dimension: nothing for W, H and channels, white images at the end.
     padded = [F.pad(images.cpu(), (0, 0) * 3 + (0, columns - len(images)), value=255)
               for _, images in rows]
     size, scale = padded[0].shape[2], max(1, 96 // padded[0].shape[3])

@@ -281,8 +281,7 @@ def test_classes_the_null_class_and_a_shared_cache(train, many_photos, tmp_path,
 
 # The smaller data set, and a copy of the codes after a round: what a SIGKILL would leave.
 KILLED = """
-import shutil, data, runtime
-from miniature.shapes import Shapes
+import shutil
 Shapes.SIZES = {"train": 80, "val": 140}
 
 def to_float(*args, batches=[], real=data.to_float):
