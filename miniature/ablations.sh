@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Tables 1, 5 and 6 in miniature: phase 1 of a tokenizer and an AR prior for each row. The same command resumes.
+# Tables 1, 5 and 6 in miniature: phase 1 of a tokenizer and an AR prior for each row. It uses the
+# networks and the initial checkpoint of demo.sh. The same command resumes.
 #
-#     bash miniature/demo.sh && bash miniature/ablations.sh    # uses demo.sh's networks and initial checkpoint; writes ablations/
+#     bash miniature/demo.sh && bash miniature/ablations.sh    # results in ablations/
 #     ABLATIONS="plain entropy" bash miniature/ablations.sh    # only these rows
-#     DEMO_OUT=demo1 ABLATIONS_SEED=1 ABLATIONS_OUT=ablations1 bash miniature/ablations.sh    # another seed
+#     export DEMO_OUT=demo1 ABLATIONS_SEED=1 ABLATIONS_OUT=ablations1    # another seed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO_OUT:-demo} out=${ABLATIONS_OUT:-ablations} seed=${ABLATIONS_SEED:-0}
-steps=${ABLATIONS_STEPS:-1500}    # of a tokenizer from scratch (Tables 1 and 5); two thirds from the initial checkpoint (Table 6)
+# Steps of a tokenizer from scratch (Tables 1 and 5). From the initial checkpoint (Table 6) it takes
+# two thirds of them.
+steps=${ABLATIONS_STEPS:-1500}
 priors=${ABLATIONS_PRIORS:-3000}  # steps of an AR prior
 export OMP_NUM_THREADS=1
 rows=${ABLATIONS:-plain entropy kmeans factorized base sem D E A B C conv attention long}
-[ -e "$demo/train.npz" ] || { echo "ablations.sh: $demo/train.npz is missing: run demo.sh first" >&2; exit 2; }
+if ! [ -e "$demo/train.npz" ]; then
+  echo "ablations.sh: $demo/train.npz is missing: run demo.sh first" >&2
+  exit 2
+fi
 
-# Each stage runs as a background job, so that signals reach it immediately. It saves, and the script ends.
+# Each stage runs as a background job, so that signals reach it immediately. It saves, and the
+# script ends.
 child=""
 stop() {
   trap '' INT TERM
@@ -52,31 +59,41 @@ scratch="--alpha 0 --channels 16 32 64 64 --z_dim 32 --codebook_size 256 --iters
 row() {
   local folder=$out/$1
   trap stop INT TERM  # a subshell does not inherit traps
-  run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 --lr_end 1e-4 \
-    --l1_weight 0.5 --adv_weight 0 --eval_every 100 --out "$folder/phase1" $(flags "$1")  # a later flag overrides an earlier one
-  finished "$folder/phase1.json" || run python fid.py --real "$out/val" --tokenizer "$folder/phase1/ckpt.pt" \
-    --workers 0 --feature_net "$demo/classifier/ckpt.pt" --json "$folder/phase1.json"
-  run python train_prior.py $common --size tiny --views 1 --batch_size 64 --iters "$priors" --lr 1e-3 --lr_end 1e-4 \
-    --decay_start 0 --dropout 0 --eval_every 500 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
-  finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" --count 2000 \
-    --batch_size 100 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar1"
-  finished "$folder/ar1.json" || run python fid.py --real "$demo/train.npz" --fake "$folder/ar1/samples.npz" \
-    --workers 0 --feature_net "$demo/classifier/ckpt.pt" --json "$folder/ar1.json"
+  # A later flag overrides an earlier one, so the row's own flags come last.
+  run python train_tokenizer.py $common --image_size 32 --vgg "$demo/vgg/ckpt.pt" --batch_size 16 \
+    --lr_end 1e-4 --l1_weight 0.5 --adv_weight 0 --eval_every 100 --out "$folder/phase1" \
+    $(flags "$1")
+  finished "$folder/phase1.json" || run python fid.py --real "$out/val" --workers 0 \
+    --tokenizer "$folder/phase1/ckpt.pt" --feature_net "$demo/classifier/ckpt.pt" \
+    --json "$folder/phase1.json"
+  run python train_prior.py $common --size tiny --views 1 --batch_size 64 --iters "$priors" \
+    --lr 1e-3 --lr_end 1e-4 --decay_start 0 --dropout 0 --eval_every 500 \
+    --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar"
+  finished "$folder/ar1/samples.npz" || run python sample.py --prior "$folder/ar/best.pt" \
+    --count 2000 --batch_size 100 --tokenizer "$folder/phase1/ckpt.pt" --out "$folder/ar1"
+  finished "$folder/ar1.json" || run python fid.py --real "$demo/train.npz" --workers 0 \
+    --fake "$folder/ar1/samples.npz" --feature_net "$demo/classifier/ckpt.pt" \
+    --json "$folder/ar1.json"
 }
 
 for name in $rows; do flags "$name" > /dev/null; done  # exits if a row does not exist
 mkdir -p "$out"
-# All 30,000 training and 2,000 validation images, as in demo.sh. They are exported once: drawing them for each row takes longer
-# than reading them.
-data=$(python -c "import sys, torch; print(torch.load(sys.argv[1], 'cpu', weights_only=True, mmap=True)['args']['data'])" \
-  "$demo/start/ckpt.pt")
+# All 30,000 training and 2,000 validation images, as in demo.sh. They are exported once: drawing
+# them for each row takes longer than reading them.
+data=$(python - "$demo/start/ckpt.pt" <<'END'
+import sys, torch
+print(torch.load(sys.argv[1], "cpu", weights_only=True, mmap=True)["args"]["data"])
+END
+)
 for split in train val; do
   [ -d "$out/$split" ] && continue
   rm -rf "$out/$split.part"
-  run python data.py --data "$data" --split $split --image_size 32 --workers 2 --out "$out/$split.part"
+  run python data.py --data "$data" --split $split --image_size 32 --workers 2 \
+    --out "$out/$split.part"
   mv "$out/$split.part" "$out/$split"
 done
-common="--data $out/train --val $out/val --workers 0 --no-compile --resume --log_every 100 --seed $seed"
+common="--data $out/train --val $out/val --workers 0 --no-compile --resume --log_every 100"
+common="$common --seed $seed"
 cores=$(python -c 'import os; print(os.cpu_count() or 1)')
 for name in $rows; do
   while [ "$(jobs -rp | wc -l)" -ge "$cores" ]; do sleep 1; done
