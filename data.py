@@ -70,12 +70,13 @@ def open_source(spec, split="train", hold_out=False, classes=None):
 
 
 def is_training_data(spec, args):
-    """Whether a tokenizer with these flags held images out of `spec`."""
+    """Whether `spec` is the data from which a tokenizer with these flags held images out."""
     return not args["val"] and os.path.realpath(spec) == os.path.realpath(args["data"])
 
 
 def open_data(args, labels=False):
-    """Training and validation source. labels: both must number their classes alike."""
+    """Training and validation source. labels: check that both have the same classes, in the same
+    order."""
     source = open_source(args.data, "train", hold_out=not args.val)
     held_out = open_source(args.val or args.data, "val", not args.val, labels and source.classes)
     if labels and source.classes and list(held_out.classes) != list(source.classes):
@@ -124,7 +125,8 @@ class Folder(Dataset):
         self.classes = list(classes or found) if found else []
         if strange := {*found} - {*self.classes}:
             raise SystemExit(f"{root}: --data has no class folder named {min(strange)}")
-        # Arrays stay shared with the workers; reference counts would make them copy a list.
+        # Workers share the memory of an array. They would copy a list: reading an item changes its
+        # reference count.
         self.files = np.array([os.fsencode(name) for name in images])
         index = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([index.get(folder, 0) for folder in folders])
@@ -152,7 +154,7 @@ def list_files(root):
 
 class NpzSamples(Dataset):
     """An npz of samples in ADM's layout: arr_0 uint8 (N, H, W, 3), labels in arr_1. An uncompressed
-    one is memory-mapped: 50,000 samples of 256 x 256 take 10 GB."""
+    one is memory-mapped, which np.load cannot do: 50,000 samples of 256 x 256 take 10 GB."""
 
     def __init__(self, path):
         try:

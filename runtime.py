@@ -254,6 +254,7 @@ def add_training_flags(parser, **defaults):
 def parse_flags(parser):
     """The flags given on the command line, and the defaults of all: two dicts."""
     defaults, unset = vars(parser.parse_args([])), object()
+    # argparse keeps the attributes that a namespace has: a flag that is not given stays `unset`.
     found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset))))
     return {name: value for name, value in found.items() if value is not unset}, defaults
 
@@ -297,7 +298,8 @@ def autocast(device, dtype):
 
 @contextlib.contextmanager
 def eval_mode(model, device, dtype):
-    """Eval mode, no gradient, autocast, uncompiled (batch sizes differ); then the mode before."""
+    """Run the block in eval mode, without gradients, under autocast, uncompiled (batch sizes
+    differ). Then restore the mode."""
     training = model.training
     model.eval()
     with torch.no_grad(), autocast(device, dtype), torch.compiler.set_stance("force_eager"):
@@ -478,13 +480,14 @@ class Run:
         self.progress = Progress(self.args.iters, step, self.args.batch_size)
         return step, state
 
-    def save(self, step, path=None, loss=0.0):
+    def save(self, step, path=None, loss=None):
         """Write a checkpoint to `path`, default ckpt.pt, unless `loss` (of the validation) or a
         weight is not finite, or the last step was skipped."""
-        weights = self.parts["model"].parameters()
-        # Data that can't be read have no loss.
-        finite = math.isfinite(loss) or all_reduce_max(bool(self.error))
-        if self.skipped_in_a_row or not finite or not all(w.isfinite().all() for w in weights):
+        finite = all(w.isfinite().all() for w in self.parts["model"].parameters())
+        unreadable = all_reduce_max(bool(self.error))  # without images the loss is NaN
+        if loss is not None and not unreadable:
+            finite = finite and math.isfinite(loss)
+        if self.skipped_in_a_row or not finite:
             text = (f"step {step} not saved: non-finite gradients, weights or loss. Last "
                     f"checkpoint: step {self.saved}")
             if step == self.args.iters:
@@ -521,7 +524,8 @@ class Run:
         return step % every == 0 or step == self.args.iters
 
     def validation_is_due(self, step):
-        """Whether to validate at `step`: a run that was stopped here may have done so."""
+        """Whether to validate at `step`. A run that resumes at its last validation does not repeat
+        it."""
         every = self.args.eval_every or min(5000, max(1, self.args.iters // 10))
         return self.due(step, every) and self.validated != step
 
@@ -541,7 +545,8 @@ class Run:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self.handle_signal)
         code = int(all_reduce_max(128 + self.signal if self.signal else bool(self.error)))
-        if code == 1 or code and not self.skipped_in_a_row:
+        unreadable, signalled = code == 1, code > 1
+        if unreadable or signalled and not self.skipped_in_a_row:
             self.save(step)
             print0(f"stopped; --resume continues from step {self.saved}")
             raise SystemExit(self.error or code)

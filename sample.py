@@ -9,7 +9,7 @@
 
 Sampling writes samples.npz (ADM's layout: arr_0 uint8 (N, H, W, 3), arr_1 labels), grid.png and
 sampler.json. A sample depends on --seed, its number and --batch_size, not on the number of
-processes. With another phase's --tokenizer the same flags decode the same codes (Fig. 9).
+processes. Its codes do not depend on the phase of --tokenizer, which only decodes them (Fig. 9).
 """
 import argparse
 import difflib
@@ -65,7 +65,7 @@ def parse():
     add("--tokenizers", nargs="+", metavar="CKPT",
         help="compare these tokenizers; default: only --tokenizer")
     add("--vgg", help="network of L_low and L_sem; default: the first tokenizer's own --vgg")
-    add = parser.add_argument_group("teacher-forced view").add_argument
+    add = parser.add_argument_group("teacher forcing").add_argument
     add("--teacher_forced", metavar="DATA", help="write teacher_forced.png: each code of these "
         "images as an AR prior predicts it from the true codes before it")
     add("--runs", nargs="+", metavar="PRIOR:TOKENIZER", help="pairs of checkpoints to compare")
@@ -141,7 +141,7 @@ def sample_batches(pair, labels, args, options):
         first = done + b * runtime.rank()
         images = torch.zeros(b, size, size, 3, dtype=torch.uint8, device=device)
         if first < args.count:
-            # The last batch is filled up, because another batch size may round differently.
+            # The last batch is filled up, as batches of another size may round differently.
             rows = torch.arange(first, first + b) % args.count
             torch.manual_seed(runtime.mix_seeds(args.seed, first))
             with runtime.autocast(device, args.dtype):
@@ -172,14 +172,15 @@ def sample_images(args, device, compiled):
     path = Path(args.out) / "samples.npz"
     if path.exists():
         raise SystemExit(f"{args.out} already holds samples: choose another --out")
-    pair = prior, state, tokenizer, _ = load_pair(args.prior, args.tokenizer, device)
+    pair = load_pair(args.prior, args.tokenizer, device)
+    prior, state, tokenizer, _ = pair
     options = decoding_options(args, prior)
     if compiled:
         tokenizer.decoder.compile(dynamic=False)
     torch.backends.cudnn.benchmark = False  # repeated runs must choose the same kernels
     cycle, labels = class_indices(args.labels, prior, state), None
     if prior.num_classes:
-        cycle = cycle[data.evenly_spaced(len(cycle), args.count)]
+        cycle = cycle[data.evenly_spaced(len(cycle), args.count)]  # not more than samples
         labels = cycle[torch.arange(args.count) % len(cycle)]
     batches = sample_batches(pair, labels, args, options)
     if not runtime.is_main():
@@ -272,7 +273,7 @@ def teacher_forced(args, device):
     rows = [("input", images)]
     for number, (name, (prior, state, tokenizer, _)) in enumerate(zip(args.runs, pairs), 1):
         if prior.kind != "ar":
-            raise SystemExit(f"{name}: the view needs the causal mask of an AR prior (Sec. 3.2)")
+            raise SystemExit(f"{name}: teacher forcing needs the causal mask of an AR prior")
         labels = found
         if args.labels:
             cycle = class_indices(args.labels, prior, state)

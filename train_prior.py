@@ -96,19 +96,21 @@ def build_code_cache(folder, views, model, fingerprint, args):
     device = next(model.parameters()).device
     depends_on = (fingerprint, data.content_hash(views.source), views.crop, views.views, views.size)
     name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
-    path, total, done, file = Path(f"{folder}-{name}.bin"), len(views), 0, None
+    path, total, file = Path(f"{folder}-{name}.bin"), len(views), None
+    done = 0  # rows in the file; process 0 looks, and the maximum tells the others
     if runtime.is_main():
         with runtime.report_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "ab")
         fcntl.lockf(file, fcntl.LOCK_EX)  # waits for another run that encodes the same
         done = file.seek(0, 2) // row_type.itemsize
-        if done < total:  # batches begin at multiples of 32, because equal batches round alike
+        if done < total:  # restart at a multiple of 32: only equal batches round alike
             done = done // b * b
             file.truncate(done * row_type.itemsize)
     done = int(runtime.all_reduce_max(done))
 
-    # Batch i is encoded by process i % world_size. The last batches repeat the last view.
+    # Process i % world_size encodes batch i, so gathering in rank order keeps the order. The last
+    # batches repeat the last view.
     world_size, progress = runtime.world_size(), runtime.Progress(total, done, every=10)
     count = math.ceil((total - done) / (b * world_size)) * world_size
     rows = np.minimum(np.arange(done, done + count * b), total - 1).reshape(count, b)
@@ -250,7 +252,7 @@ def main():
     val_views = AugmentedViews(val, args.image_size, "center", 1)
     cache = build_code_cache(folder / "train", train_views, tokenizer, fingerprint, args)
     val_cache = build_code_cache(folder / "val", val_views, tokenizer, fingerprint, args)
-    # The entropy of the codes is the loss of a prior that ignores the context.
+    # The entropy of the codes is the loss of a prior that ignores context, position and class.
     codes = cache[data.evenly_spaced(len(cache), 20_000)]["codes"].astype(np.int64)
     H = vq.usage_and_perplexity(torch.from_numpy(codes).flatten().bincount(minlength=K))[2]
     runtime.print0(f"{len(cache)} rows of {grid ** 2} codes; unigram entropy {H:.3f}, ln K "

@@ -96,6 +96,7 @@ def parse():
     if not saved and (init := given.get("init", defaults["init"])):
         state = runtime.load_checkpoint(init, "tokenizer", mmap=True)
         saved = {name: state["args"][name] for name in INHERITED_FLAGS if name in state["args"]}
+        # Phase 2 adds attention, unless phase 1 has it already (Table 1).
         saved["attention"] = max(saved["attention"], defaults["attention"])
         if "data" in given:
             saved.pop("val", None)
@@ -202,10 +203,13 @@ def validate(networks, val, run, args, device):
         values = [*vq.l1_and_psnr(x_hat, x), loss, *layers.values(), loss.new_ones(())]
         total += torch.stack(values).float() * len(x)
         histogram += torch.bincount(indices.flatten(), minlength=args.codebook_size)
-    means = dict(zip(names, (runtime.all_reduce_sum(total) / total[-1]).tolist()))
-    means["L_low"] = sum(means[layer] for layer in losses.LOW_LAYERS)  # both sums of Eq. 4, which
-    means["L_sem"] = sum(means[layer] for layer in losses.SEM_LAYERS)  # compare runs of any alpha
-    usage, perplexity, H = vq.usage_and_perplexity(runtime.all_reduce_sum(histogram))
+    for tensor in (total, histogram):
+        runtime.all_reduce_sum(tensor)
+    means = dict(zip(names, (total / total[-1]).tolist()))
+    # Eq. 4's two sums do not depend on alpha, so they compare runs of any alpha.
+    means["L_low"] = sum(means[layer] for layer in losses.LOW_LAYERS)
+    means["L_sem"] = sum(means[layer] for layer in losses.SEM_LAYERS)
+    usage, perplexity, H = vq.usage_and_perplexity(histogram)
     if usage < 0.5 * min(1, histogram.sum() / args.codebook_size):
         runtime.print0(f"warning: only {100 * usage:.1f} % of the codes are used on the validation "
                        f"set (a soft-usage entropy near ln K does not rule this out)")
@@ -224,14 +228,14 @@ def save_reconstructions(path, model, val, args, device):
 
 # ------------------------------------------------------------------------------------ training
 
-def kmeans_codebook(model, x, args, seed):
+def kmeans_codebook(model, x, args):
     """Replace the codebook by K-means of the encoder's outputs on x: the last 16,384 vectors (64
     images of 256 x 256) of all processes."""
     with runtime.eval_mode(model, x.device, args.dtype):
         z = model.encoder(x).float().permute(0, 2, 3, 1).flatten(0, 2)
     z = vq.all_gather_rows(z)[-16_384:]
     if z.isfinite().all(1).any():
-        model.quantizer.codebook.data.copy_(vq.kmeans(z, args.codebook_size, seed))
+        model.quantizer.codebook.data.copy_(vq.kmeans(z, args.codebook_size))
         runtime.broadcast(model.quantizer.codebook.data)  # CPUs may round differently
 
 
@@ -280,7 +284,7 @@ def main():
     kmeans_steps = [args.vq_warmup] if args.vq_warmup else []
     if args.quantizer == "kmeans" and not args.init:  # the codebook of --init is kept
         kmeans_steps = KMEANS_STEPS
-    # The paper has one line for both networks' optimizers.
+    # The paper gives one set of Adam's parameters. Both networks use it.
     trained = model if args.phase == 1 else model.decoder
     opts = [torch.optim.Adam(net.parameters(), betas=BETAS[args.phase], fused=True)
             for net in (trained, disc) if net]
@@ -300,7 +304,8 @@ def main():
     batches = data.until_unreadable(data.train_loader(stream, args, start, device), run)
     averages = runtime.Averages()
     model.train()
-    micro_batches = list(islice(batches, args.grad_accum))  # fetched before they are needed
+    # Fetched one step ahead: if no image can be read, run.error is set before the step begins.
+    micro_batches = list(islice(batches, args.grad_accum))
     for step in range(start, args.iters + 1):
         run.stop_if_requested(step)
         if run.validation_is_due(step):
@@ -316,7 +321,7 @@ def main():
 
         xs = [data.to_float(x, device) for x, _ in micro_batches]  # (b, 3, S, S) in [-1, 1]
         if step in kmeans_steps:
-            kmeans_codebook(model, xs[0], args, seed=step - args.vq_warmup)
+            kmeans_codebook(model, xs[0], args)
 
         # The tokenizer. Averaging over micro-batches equals the large batch, except for the entropy
         # term, whose soft usage is a mean over one micro-batch (of all processes).

@@ -37,7 +37,7 @@ class ResBlock(nn.Module):
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return self.shortcut(x) + h  # from x, not from norm1(x), a known bug in one VQGAN port
+        return self.shortcut(x) + h  # not self.shortcut(norm1(x)), a bug of one VQGAN port
 
 
 def block_side(h, w):
@@ -70,7 +70,8 @@ class BlockAttention(nn.Module):
         b, c, h, w = x.shape
         p = block_side(h, w)
         t = self.norm(x).reshape(b, c, h // p, p, w // p, p)
-        # dims: 0 batch, 1 channel, 2 and 4 which block, 3 and 5 where inside it
+        # Axes: 0 batch, 1 channel, 2 and 4 which block, 3 and 5 where inside it. Positions attend
+        # within a block, or (dilated) to the same place inside every block.
         order = (0, 3, 5, 2, 4, 1) if self.dilated else (0, 2, 4, 3, 5, 1)
         t = t.permute(order)
         shape = t.shape  # (B, 2 dims of groups, 2 dims of positions, C)
@@ -79,7 +80,7 @@ class BlockAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (groups, heads, positions, d)
         t = F.scaled_dot_product_attention(q, k, v)
         t = self.out(t.transpose(1, 2).flatten(2)).reshape(shape)
-        back = [order.index(d) for d in range(6)]
+        back = [order.index(d) for d in range(6)]  # the inverse permutation
         return x + t.permute(back).reshape(b, c, h, w)
 
 
@@ -146,8 +147,9 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------- quantizer
 
 def global_mean(tensor):
-    """Mean over all processes of torch.distributed. The gradient is that of the local tensor: if
-    gradients are averaged over processes, as DDP does, they are those of the mean."""
+    """Mean over all processes of torch.distributed. The backward pass treats the result as the
+    local tensor: after gradients are averaged over processes, as DDP does, they are those of the
+    mean."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     total = tensor.detach().clone()
@@ -190,8 +192,8 @@ class Quantizer(nn.Module):
     def distances(self, z):
         """Squared L2 distances (N, K) of z (N, dim) to all codes, by a matrix product.
 
-        |z|^2 - 2 z.c + |c|^2 loses digits if the vectors share a large mean, so it is subtracted.
-        """
+        |z|^2 - 2 z.c + |c|^2 loses digits if the vectors have a large common mean. So the mean is
+        subtracted first."""
         vectors = self.codebook_vectors()
         mean = vectors.detach().mean(0)
         z, vectors = z - mean, vectors - mean
@@ -325,7 +327,7 @@ def fingerprint(model):
 # ---------------------------------------------------------------- Table 5's other quantizers
 # "kmeans" is a Quantizer. train_tokenizer.py replaces its codebook by K-means every 2,000 steps.
 
-def kmeans(points, K, seed, rounds=10):
+def kmeans(points, K, seed=0, rounds=10):
     """Lloyd's algorithm on the CPU: points (N, dim) -> centers (K, dim). Non-finite points are
     ignored. An empty cluster is re-seeded with a random point."""
     points = points[points.isfinite().all(1)].cpu()

@@ -4,6 +4,7 @@
 #
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
+#     DEMO_SECOND=1 bash miniature/demo.sh                 # two priors of each kind: their noise
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
 #     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # no clutter
 #     python miniature/figures.py demo demo1 demo2         # tables over several seeds
@@ -18,6 +19,7 @@ clutter=${DEMO_CLUTTER:-1}  # 0: none; 1: any light and color, confetti
 # Steps of the shared initial checkpoint. The tokenizers' other stages take a fraction of it.
 steps=${DEMO_STEPS:-600}
 priors=${DEMO_PRIORS:-$((steps * 2))}  # steps of an AR prior; a NAR prior takes four times as many
+second=${DEMO_SECOND:-0}
 samples=${DEMO_SAMPLES:-1000}  # per prior; metrics of reconstructions use as many validation images
 # Choice temperature of NAR samples: the best of 0.45, 2, 4.5, 9 on seed 7.
 temperature=${DEMO_TEMPERATURE:-9}
@@ -25,7 +27,8 @@ cores=$(python -c 'import os; print(os.cpu_count() or 1)')  # so many alphas tra
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 command="DEMO_SEED=$seed DEMO_CLUTTER=$clutter DEMO_STEPS=$steps DEMO_PRIORS=$priors"
-command="$command DEMO_SAMPLES=$samples DEMO_TEMPERATURE=$temperature bash miniature/demo.sh"
+command="$command DEMO_SECOND=$second DEMO_SAMPLES=$samples DEMO_TEMPERATURE=$temperature"
+command="$command bash miniature/demo.sh"
 python - "$out/about.json" "$command" <<'END'
 import json, os, platform, subprocess, sys
 from pathlib import Path
@@ -100,8 +103,9 @@ job() {  # everything about one alpha
       --count "$samples" --workers 0 --tokenizer "$folder/phase$phase/ckpt.pt" \
       --feature_net "$out/classifier/ckpt.pt" --json "$folder/phase$phase.json"
   done
-  # The second AR prior has another seed. It shows the noise between priors.
-  for name in ar ar_second nar; do
+  local names="ar nar"
+  [ "$second" = 0 ] || names="$names ar_second nar_second"
+  for name in $names; do
     kind=${name%_second} iters=$priors
     [ $kind = ar ] || iters=$((priors * 4))
     log "a $kind prior on phase 1's codes, which phase 2 shares"

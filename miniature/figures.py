@@ -7,8 +7,9 @@
     python miniature/figures.py --curves runs/tokenizer runs/prior # training curves
 
 demo.sh leaves a folder with vgg/ (network of the loss), classifier/ (independent network) and one
-folder per alpha: phase1/, phase2/, ar/, ar_second/, nar/, their samples and fid.py's JSON files.
---clutter does not need ar_second/ and nar/. Plots are skipped if Matplotlib is not installed.
+folder per alpha: phase1/, phase2/, ar/, nar/, their samples and fid.py's JSON files, with
+DEMO_SECOND=1 also those of ar_second/ and nar_second/. --clutter does not need the NAR priors.
+Plots are skipped if Matplotlib is not installed.
 """
 import argparse
 import itertools
@@ -39,7 +40,7 @@ from transformer import load_prior  # noqa: E402
 CPU = torch.device("cpu")
 HELD_OUT = 500  # number of validation images on which reconstructions are measured
 # Key, description, digits, and the direction that the paper predicts as alpha rises. A key that
-# ends in _2 belongs to phase 2, one that ends in _range is the difference between two AR priors.
+# ends in _2 belongs to phase 2, one that ends in _range is the difference between two priors.
 ROWS = [
     ("l1", "L1 of reconstructions", 3, "higher"),
     ("psnr", "PSNR, dB", 2, "lower"),
@@ -64,16 +65,20 @@ ROWS = [
     ("ar_accuracy_2", "class accuracy of AR samples, phase 2, %", 1, "higher"),
     ("ar_accuracy_2_range", "   difference between two priors", 1, ""),
     ("nar_fd_2", "FD of NAR samples, phase 2", 2, "lower"),
+    ("nar_fd_2_range", "   difference between two priors", 2, ""),
+    ("nar_score_2", "inception score of NAR samples over the parts, phase 2", 3, "higher"),
+    ("nar_score_2_range", "   difference between two priors", 3, ""),
     ("nar_accuracy_2", "class accuracy of NAR samples, phase 2, %", 1, "higher"),
+    ("nar_accuracy_2_range", "   difference between two priors", 1, ""),
 ]
 LABELS = {key.removesuffix("_2"): (text.replace(", phase 2", ""), digits)
           for key, text, digits, _ in ROWS}
 # Phase 1 (key) against phase 2 (key_2) at one alpha: what the paper predicts for phase 2.
 PHASES = {"l1": "lower", "psnr": "higher", "fd": "lower", "ar_fd": "lower", "ar_score": "higher",
-          "nar_fd": "lower"}
+          "nar_fd": "lower", "nar_score": "higher"}
 # The baseline (alpha 0, only phase 1) against the method (alpha 1, both phases).
 METHOD = {"ar_fd": "lower", "ar_score": "higher", "ar_accuracy": "higher",
-          "nar_fd": "lower", "nar_accuracy": "higher"}
+          "nar_fd": "lower", "nar_score": "higher", "nar_accuracy": "higher"}
 CLUTTER = [row for row in ROWS if row[0] in (
     "unigram_entropy", "ar_loss", "ar_improvement", "ar_fd_2", "ar_score_2")]
 
@@ -178,23 +183,26 @@ def load_samples(folder, name, count=None):
 
 
 @torch.no_grad()
-def measure_ar(folder, network):
-    """{key: value} for the AR priors at one alpha and their samples, decoded by either phase. Each
-    value is the mean over the one or two priors."""
-    priors = ["ar", "ar_second"] if (folder / "ar_second2.json").exists() else ["ar"]
+def measure_priors(folder, kind, network):
+    """{key: value} for the priors of one kind at one alpha and their samples, decoded by either
+    phase. Each value is the mean over the one or two priors."""
+    priors = [kind]
+    if (folder / f"{kind}_second2.json").exists():
+        priors.append(f"{kind}_second")
     best = [best_validation(folder / prior) for prior in priors]
-    values = {"priors": len(priors), "unigram_entropy": best[0]["unigram_entropy"],
-              "ar_loss": mean(line["loss"] for line in best)}
-    values["ar_improvement"] = values["unigram_entropy"] - values["ar_loss"]
+    H, loss = best[0]["unigram_entropy"], mean(line["loss"] for line in best)
+    values = {"unigram_entropy": H, f"{kind}_loss": loss, f"{kind}_improvement": H - loss}
     for phase, suffix in ((1, ""), (2, "_2")):
         metrics = [read_json(folder / f"{prior}{phase}.json") for prior in priors]
         samples = [load_samples(folder, f"{prior}{phase}") for prior in priors]
         for key, per_prior in (
-                ("ar_fd", [found["FD"] for found in metrics]),
-                ("ar_accuracy", [100 * found["accuracy"] for found in metrics]),
-                ("ar_score", [inception_score(images, network) for images in samples])):
-            values[key + suffix] = mean(per_prior)
-            values[f"{key}{suffix}_range"] = max(per_prior) - min(per_prior)
+                ("fd", [found["FD"] for found in metrics]),
+                ("accuracy", [100 * found["accuracy"] for found in metrics]),
+                ("score", [inception_score(images, network) for images in samples])):
+            key = f"{kind}_{key}{suffix}"
+            values[key] = mean(per_prior)
+            if len(priors) > 1:
+                values[key + "_range"] = max(per_prior) - min(per_prior)
     return values
 
 
@@ -206,7 +214,8 @@ def measure(run):
     for alpha, folder in alpha_folders(run).items():
         print(f"measuring {folder}", flush=True)
         phase1, phase2, x, parts, s, predicted = load_alpha(folder, HELD_OUT)
-        values = measure_ar(folder, independent)
+        values = (measure_priors(folder, "ar", independent)
+                  | measure_priors(folder, "nar", independent))
         values["same_codes"] = vq.fingerprint(phase1) == vq.fingerprint(phase2)
         values["top1"] = 100 * (predicted == s).float().mean().item()
         x_hat = phase1.decode_indices(s)
@@ -220,12 +229,7 @@ def measure(run):
             values["l1" + suffix], values["psnr" + suffix] = l1.item(), psnr.item()
             metrics = read_json(folder / f"phase{phase}.json")
             values["fd" + suffix], values["usage" + suffix] = metrics["FD"], 100 * metrics["usage"]
-            metrics = read_json(folder / f"nar{phase}.json")
-            values["nar_fd" + suffix] = metrics["FD"]
-            values["nar_accuracy" + suffix] = 100 * metrics["accuracy"]
         values["fd_ratio"] = values["ar_fd_2"] / values["fd_2"]
-        values["nar_loss"] = best_validation(folder / "nar")["loss"]
-        values["nar_improvement"] = values["unigram_entropy"] - values["nar_loss"]
         x, parts = held_out(flags_of(folder / "phase1"))
         values["variance_explained"] = variance_explained(x, parts)
         s = torch.cat([phase1.encode(batch)[1].flatten(1) for batch in x.split(500)])
@@ -239,10 +243,11 @@ def measure(run):
 
 
 def measure_clutter(run):
-    """The clutter and the seed of a run of demo.sh, and {alpha: measure_ar}."""
+    """The clutter and the seed of a run of demo.sh, and {alpha: `measure_priors` of "ar"}."""
     flags, network = flags_of(f"{run}/start"), losses.load_vgg(f"{run}/classifier/ckpt.pt")
     return {"clutter": data.open_source(flags["data"], "val").clutter, "seed": flags["seed"],
-            "alphas": {a: measure_ar(path, network) for a, path in alpha_folders(run).items()}}
+            "alphas": {alpha: measure_priors(folder, "ar", network)
+                       for alpha, folder in alpha_folders(run).items()}}
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -291,8 +296,8 @@ def tables(runs):
     end = "paper predicts", "verdict"
     lines = table(f"{len(runs)} seed(s)", *(f"alpha {a:g}" for a in alphas), *end)
     for key, text, digits, expected in ROWS:
-        if key.endswith("_range") and max(get(low, "priors")) == 1:
-            continue
+        if key.endswith("_range") and not all(key in r[a] for r in runs for a in alphas):
+            continue  # no second priors
         columns = [get(a, key) for a in alphas]
         lines.append(row([text], columns, digits, expected, noise(key), expected))
     lines += ["", *table("the method against its baseline", f"alpha {low:g}, phase 1",

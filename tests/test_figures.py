@@ -21,7 +21,7 @@ def seeds(*pairs, key="l1"):
     """Runs in which every number is 1, except `key` at alpha 0 and alpha 1: one pair per seed."""
     keys = {row[0] for row in figures.ROWS} | {
         key + suffix for key in (*figures.PHASES, *figures.METHOD) for suffix in ("", "_2")}
-    ones = dict.fromkeys(keys, 1.0) | {"same_codes": True, "priors": 2, "variance_explained": 1.0}
+    ones = dict.fromkeys(keys, 1.0) | {"same_codes": True, "variance_explained": 1.0}
     return [{0.0: ones | {key: low}, 1.0: ones | {key: high}} for low, high in pairs]
 
 
@@ -43,7 +43,9 @@ def test_the_tables_have_means_spreads_verdicts_and_conditions():
     runs[0][1.0]["same_codes"] = False
     runs[1][1.0] |= {"L_sem": 0.5, "nar_context": 0.5}
     text = figures.tables(runs)
-    assert "CHANGED" in text and "difference between two priors" in text
+    assert "CHANGED" in text and text.count("difference between two priors") == 6
+    del runs[1][0.0]["nar_fd_2_range"]  # a run without a second prior
+    assert figures.tables(runs).count("difference between two priors") == 5
     held = [line.split(": ")[-1] for line in text.splitlines() if line.startswith("- condition")]
     assert held == [f"{n} of 2 seed(s)" for n in (1, 0, 1, 0, 0, 1)]
 
@@ -170,7 +172,7 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
     python.write_text(NOTE.format(python=sys.executable))
     python.chmod(0o755)
     env = environment(DEMO_OUT=str(out), DEMO_STEPS="4", DEMO_PRIORS="10", DEMO_SAMPLES="10",
-                      DEMO_ALPHAS="1", LOG=str(log), STOP="nothing")
+                      DEMO_ALPHAS="1", DEMO_SECOND="1", LOG=str(log), STOP="nothing")
     env["PATH"] = f"{python.parent}{os.pathsep}{env['PATH']}"
 
     def demo(**variables):
@@ -203,7 +205,7 @@ def test_demo_stops_resumes_and_ends_with_the_table(tmp_path, script, monkeypatc
     measured = json.loads((out / "table.json").read_text())[0]
     assert [*measured["alphas"]] == ["1.0"] and "DEMO_STEPS=4 " in measured["command"]
     compared = figures.measure_clutter(out)["alphas"][1.0]
-    assert compared.items() <= measured["alphas"]["1.0"].items() and compared["priors"] == 2
+    assert compared.items() <= measured["alphas"]["1.0"].items() and "ar_fd_range" in compared
     assert {path.stem for path in out.glob("*.png")} >= {"view", "method", "samples", "phases"}
     weights = tmp_path / "weights"
     script("export", out / "alpha1", "--out", weights)

@@ -97,25 +97,25 @@ def test_a_step_of_a_run_is_adams_on_the_large_batch(train, vgg, tmp_path):
         assert lines(tmp_path / accum, "train")[0]["r1"] == pytest.approx(r1.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("words, seeds, quantized", [
-    (["--vq_warmup", 4], [0], [4, 5]),
+@pytest.mark.parametrize("words, steps, quantized", [
+    (["--vq_warmup", 4], [4], [4, 5]),
     (["--quantizer", "kmeans", "--grad_accum", 2], [0, 2, 4], [*range(6)])])
 def test_kmeans_gives_the_codebook_before_a_step_is_quantized(train, monkeypatch, tmp_path, words,
-                                                              seeds, quantized):
+                                                              steps, quantized):
     """With --vq_warmup for the first quantized step. Once per step, not per micro-batch."""
     kmeans_codebook, found = train_tokenizer.kmeans_codebook, []
 
-    def watch(model, x, args, seed):
+    def watch(model, x, args):
         assert found or 0 < model.quantizer.codebook.abs().max() <= 1 / 16  # as they were drawn
-        kmeans_codebook(model, x, args, seed)
+        kmeans_codebook(model, x, args)
         z = model.encoder(x).detach().permute(0, 2, 3, 1).flatten(0, 2)
-        assert torch.equal(model.quantizer.codebook, vq.kmeans(z, 16, seed))
-        found.append(seed)
+        assert torch.equal(model.quantizer.codebook, vq.kmeans(z, 16))
+        found.append(len(lines(tmp_path / "run", "train")))
     monkeypatch.setattr(train_tokenizer, "KMEANS_STEPS", range(0, 5, 2))
     monkeypatch.setattr(train_tokenizer, "kmeans_codebook", watch)
     train(*words)
     terms = ["soft_entropy" in line for line in lines(tmp_path / "run", "train")]
-    assert found == seeds and np.flatnonzero(terms).tolist() == quantized
+    assert found == steps and np.flatnonzero(terms).tolist() == quantized
 
 
 # -------------------------------------------------------------------------------------- whole runs
