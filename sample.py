@@ -180,7 +180,7 @@ def sample_images(args, device, compiled):
     torch.backends.cudnn.benchmark = False  # repeated runs must choose the same kernels
     cycle, labels = class_indices(args.labels, prior, state), None
     if prior.num_classes:
-        cycle = cycle[data.evenly_spaced(len(cycle), args.count)]  # not more than samples
+        cycle = cycle[data.evenly_spaced(len(cycle), args.count)]  # at most `count`
         labels = cycle[torch.arange(args.count) % len(cycle)]
     batches = sample_batches(pair, labels, args, options)
     if not runtime.is_main():

@@ -4,7 +4,7 @@
 #
 #     bash miniature/demo.sh && bash miniature/ablations.sh    # results in ablations/
 #     ABLATIONS="plain entropy" bash miniature/ablations.sh    # only these rows
-#     export DEMO_OUT=demo1 ABLATIONS_SEED=1 ABLATIONS_OUT=ablations1    # another seed
+#     DEMO_OUT=demo1 ABLATIONS_SEED=1 ABLATIONS_OUT=ablations1 bash miniature/ablations.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 demo=${DEMO_OUT:-demo} out=${ABLATIONS_OUT:-ablations} seed=${ABLATIONS_SEED:-0}

@@ -287,7 +287,8 @@ def tables(runs):
         return [results[alpha][key] for results in runs]
 
     def noise(key):  # mean difference between two priors of one tokenizer
-        return mean(results[a].get(f"{key}_range", 0.0) for results in runs for a in (low, high))
+        key += "_range"
+        return mean([r[a][key] for r in runs for a in (low, high) if key in r[a]] or [0.0])
 
     def row(cells, columns, digits, expected, noise, claim):
         cells = [*cells, *(mean_and_spread(values, digits) for values in columns), claim]
