@@ -70,7 +70,7 @@ def open_source(spec, split="train", hold_out=False, classes=None):
 
 
 def is_training_data(spec, args):
-    """Whether `spec` is the data from which a tokenizer with these flags held images out."""
+    """Whether a tokenizer with these flags held out images of `spec`."""
     return not args["val"] and os.path.realpath(spec) == os.path.realpath(args["data"])
 
 

@@ -254,7 +254,7 @@ def add_training_flags(parser, **defaults):
 def parse_flags(parser):
     """The flags given on the command line, and the defaults of all: two dicts."""
     defaults, unset = vars(parser.parse_args([])), object()
-    # argparse keeps the attributes that a namespace has: a flag that is not given stays `unset`.
+    # argparse keeps a namespace's attributes. So a flag that is not given stays `unset`.
     found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset))))
     return {name: value for name, value in found.items() if value is not unset}, defaults
 

@@ -97,7 +97,7 @@ def build_code_cache(folder, views, model, fingerprint, args):
     depends_on = (fingerprint, data.content_hash(views.source), views.crop, views.views, views.size)
     name = hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]
     path, total, file = Path(f"{folder}-{name}.bin"), len(views), None
-    done = 0  # rows in the file; process 0 looks, and the maximum tells the others
+    done = 0  # rows in the file: process 0 counts, a maximum over processes sends the count
     if runtime.is_main():
         with runtime.report_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)

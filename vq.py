@@ -148,8 +148,7 @@ class Decoder(nn.Module):
 
 def global_mean(tensor):
     """Mean over all processes of torch.distributed. The backward pass treats the result as the
-    local tensor: after gradients are averaged over processes, as DDP does, they are those of the
-    mean."""
+    local tensor. DDP then averages the gradients, which gives the gradient of the mean."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     total = tensor.detach().clone()
