@@ -484,8 +484,7 @@ class Run:
         """Write a checkpoint to `path`, default ckpt.pt, unless `loss` (of the validation) or a
         weight is not finite, or the last step was skipped."""
         finite = all(w.isfinite().all() for w in self.parts["model"].parameters())
-        unreadable = all_reduce_max(bool(self.error))  # without images the loss is NaN
-        if loss is not None and not unreadable:
+        if loss is not None and not all_reduce_max(bool(self.error)):  # no images: loss is NaN
             finite = finite and math.isfinite(loss)
         if self.skipped_in_a_row or not finite:
             text = (f"step {step} not saved: non-finite gradients, weights or loss. Last "

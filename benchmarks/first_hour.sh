@@ -42,6 +42,7 @@ part() {  # part NAME SECONDS: run the function NAME with a time limit; its outp
 }
 
 # Within a part, what does not compile comes first, so that it is done before the time limit.
+
 # Three ways to compute R1; images/s, peak memory and utilization at several batch sizes, some of
 # which may not fit.
 phase1() {

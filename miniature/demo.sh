@@ -4,7 +4,7 @@
 #
 #     bash miniature/demo.sh                               # results in demo/
 #     DEMO_SEED=1 DEMO_OUT=demo1 bash miniature/demo.sh    # another seed
-#     DEMO_SECOND=1 DEMO_OUT=demo2 bash miniature/demo.sh  # two priors of each kind: their noise
+#     DEMO_SECOND=1 DEMO_OUT=noise bash miniature/demo.sh  # two priors of each kind: their noise
 #     DEMO_ALPHAS="0 0.4 1" bash miniature/demo.sh         # more tokenizers
 #     DEMO_CLUTTER=0 DEMO_OUT=demo_plain bash miniature/demo.sh    # no clutter
 #     python miniature/figures.py demo demo1 demo2         # tables over several seeds

@@ -256,7 +256,8 @@ def slow_maskgit(tokens, logits_fn, uniforms, mask_id, temperature, choice_tempe
 
 
 @pytest.mark.parametrize("T, temperature, choice", [(1, 1.0, 0.45), (3, 1.0, 0.0),
-                                                    (6, 0.7, 4.5), (25, 1.0, 2.0)])
+                                                    (6, 1.0, 0.45), (16, 0.7, 4.5),
+                                                    (25, 1.0, 2.0)])
 def test_maskgit_equals_a_slow_reference(T, temperature, choice):
     model = build("nar", K=11, N=16, num_classes=0)
     start = torch.full((5, 16), 11)
